@@ -1,0 +1,171 @@
+"""Samples, which a person can look at, and batches, which a network can eat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from controlfill.data.hints import Spec
+from controlfill.data.masks import MaskRecipe, Objects, no_objects
+from controlfill.errors import UserError
+from controlfill.images import resize, resize_mask, to_tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One picture with its words.
+
+    `image` is uint8 RGB (H, W, 3). `mask` is uint8 (H, W), 255 = generate, or None when one is to
+    be drawn. `prompts` are other wordings, of which one is drawn each time instead of `prompt`.
+    `objects` gives masks of things in the picture, of any size with the picture's aspect.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray | None = None
+    prompt: str = ""
+    prompts: tuple[str, ...] = ()
+    objects: Objects = no_objects
+    name: str = ""
+
+
+class Source(Protocol):
+    """Anything with a length that gives a Sample for an index: the way to bring your own data.
+
+    A UserError raised by `__getitem__` means that this picture can't be used: it is skipped,
+    counted and named, and training goes on.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """One resize, crop and flip, the same for a picture and all that lies on it."""
+
+    resized: tuple[int, int]
+    top: int
+    left: int
+    side: int
+    flip: bool
+
+    def of_image(self, image: np.ndarray) -> np.ndarray:
+        """The (side, side, 3) cut of a picture of any size."""
+        return self._cut(resize(image, self.resized))
+
+    def of_mask(self, mask: np.ndarray) -> np.ndarray:
+        """The (side, side) cut of a mask of any size."""
+        return self._cut(resize_mask(mask, self.resized))
+
+    def _cut(self, array: np.ndarray) -> np.ndarray:
+        part = array[self.top : self.top + self.side, self.left : self.left + self.side]
+        return np.ascontiguousarray(part[:, ::-1] if self.flip else part)
+
+
+def draw_geometry(
+    size: tuple[int, int], side: int, rng: np.random.Generator, crop: str, random_flip: bool
+) -> Geometry:
+    """Make the short side of (H, W) fit `side`; cut a square at random or in the centre."""
+    scale = side / min(size)
+    height, width = (max(side, round(length * scale)) for length in size)
+    spare = (height - side, width - side)
+    top, left = (s // 2 if crop == "center" else int(rng.integers(s + 1)) for s in spare)
+    flip = random_flip and bool(rng.uniform() < 0.5)
+    return Geometry(resized=(height, width), top=top, left=left, side=side, flip=flip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """How a source's samples become squares with masks."""
+
+    side: int
+    recipe: MaskRecipe
+    crop: str = "random"
+    random_flip: bool = False
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """`sample` as a (side, side) square with a mask; all chance comes from `rng`."""
+        geometry = draw_geometry(
+            sample.image.shape[:2], self.side, rng, self.crop, self.random_flip
+        )
+
+        def objects() -> Sequence[np.ndarray]:
+            return [geometry.of_mask(mask) for mask in sample.objects()]
+
+        if sample.mask is None:
+            mask = self.recipe.draw((self.side, self.side), rng, objects)
+        else:
+            mask = geometry.of_mask(sample.mask)
+        image = geometry.of_image(sample.image)
+        prompt = str(rng.choice(sample.prompts)) if sample.prompts else sample.prompt
+        return replace(
+            sample, image=image, mask=mask, prompt=prompt, prompts=(), objects=no_objects
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one forward pass eats.
+
+    `image` (B, 3, H, W) in [0, 1], `mask` (B, 1, H, W) of 0 and 1, `hint` as its spec says, prompts
+    and names, and the names of pictures that had to be skipped on the way.
+    """
+
+    image: Tensor
+    mask: Tensor
+    hint: Tensor
+    prompts: list[str]
+    names: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`."""
+        image, mask, hint = (t.to(device) for t in (self.image, self.mask, self.hint))
+        return replace(self, image=image, mask=mask, hint=hint)
+
+
+def collate(samples: Sequence[Sample], spec: Spec, skipped: Sequence[str] = ()) -> Batch:
+    """Stack prepared samples of one size and make their hints by `spec`."""
+    masks = [s.mask for s in samples if s.mask is not None]
+    image = to_tensor(np.stack([s.image for s in samples]))
+    mask = (to_tensor(np.stack(masks)[..., None]) > 0.5).float()
+    return Batch(
+        image=image,
+        mask=mask,
+        hint=spec.make(image, mask),
+        prompts=[s.prompt for s in samples],
+        names=[s.name for s in samples],
+        skipped=list(skipped),
+    )
+
+
+class PreparedSource(torch.utils.data.Dataset[tuple[Sample, list[str]]]):
+    """A source seen through a Preparation: (epoch, index) gives a sample and what was skipped.
+
+    The sample is a function of (seed, epoch, index) alone, so any number of worker processes reads
+    the same data. A picture that can't be used is replaced by the next one that can.
+    """
+
+    def __init__(self, source: Source, preparation: Preparation, seed: int) -> None:
+        self.source, self.preparation, self.seed = source, preparation, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Sample, list[str]]:
+        epoch, first = place
+        skipped: list[str] = []
+        for step in range(len(self.source)):
+            index = (first + step) % len(self.source)
+            rng = np.random.default_rng((self.seed, epoch, index))
+            try:
+                return self.preparation(self.source[index], rng), skipped
+            except UserError as error:
+                skipped.append(str(error))
+        raise UserError(f"none of the {len(self.source)} pictures can be used: {skipped[0]}")

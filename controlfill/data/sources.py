@@ -1,0 +1,113 @@
+"""Sources: where samples come from. `open_source` finds the right one for what the user named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from controlfill.data.coco import CocoSource
+from controlfill.data.masks import make_recipe
+from controlfill.data.sample import Preparation, Sample, Source
+from controlfill.data.worlds import HELD_OUT, Picture, World, open_world
+from controlfill.errors import UserError
+from controlfill.images import SUFFIXES, as_mask, open_image
+from controlfill.options import DataOptions
+
+WORLD_PREFIX = "world:"
+WORLD_EPOCH = 1_000_000
+
+
+class WorldSource:
+    """Pictures of a procedural world from seed `first` on, drawn at `side` pixels."""
+
+    def __init__(self, world: World, side: int, first: int = 0, count: int = WORLD_EPOCH) -> None:
+        self.world, self.side, self.first, self.count = world, side, first, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def picture(self, index: int) -> Picture:
+        """Picture number `index` with its truth."""
+        return self.world.draw(self.first + index, (self.side, self.side))
+
+    def __getitem__(self, index: int) -> Sample:
+        picture = self.picture(index)
+        return Sample(
+            image=picture.image,
+            prompt=picture.truth.caption,
+            objects=lambda: [picture.object_mask],
+            name=f"seed {self.first + index}",
+        )
+
+
+class FolderSource:
+    """The pictures below a folder, captions in .txt files of the same name, masks in a folder."""
+
+    def __init__(self, image_dir: Path, mask_dir: Path | None, at_least: int) -> None:
+        self.image_dir, self.mask_dir, self.at_least = image_dir, mask_dir, at_least
+        self.files = sorted(p for p in image_dir.rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not self.files:
+            kinds = ", ".join(sorted(SUFFIXES))
+            raise UserError(f"{image_dir} holds no pictures ({kinds})")
+        self.masks = self._find_masks(mask_dir) if mask_dir else {}
+
+    def _find_masks(self, mask_dir: Path) -> dict[Path, Path]:
+        """The mask of each picture: the same relative name, any picture suffix."""
+        if not mask_dir.is_dir():
+            raise UserError(f"--mask_dir {mask_dir} is no folder; it holds a mask per picture")
+        found = {
+            p.relative_to(mask_dir).with_suffix(""): p
+            for p in sorted(mask_dir.rglob("*"))
+            if p.suffix.lower() in SUFFIXES
+        }
+        masks = {f: found.get(f.relative_to(self.image_dir).with_suffix("")) for f in self.files}
+        bare = [f.name for f, mask in masks.items() if mask is None]
+        if bare:
+            raise UserError(
+                f"{len(bare)} of {len(masks)} pictures have no mask of the same name in "
+                f"{mask_dir}, the first is {bare[0]}"
+            )
+        return {f: mask for f, mask in masks.items() if mask is not None}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        file = self.files[index]
+        photo = open_image(file, None if self.masks else self.at_least)
+        mask = as_mask(open_image(self.masks[file]), photo.size) if self.masks else None
+        words = file.with_suffix(".txt")
+        lines = words.read_text("utf-8", "replace").splitlines() if words.is_file() else []
+        return Sample(
+            image=photo.rgb,
+            mask=mask,
+            prompts=tuple(line.strip() for line in lines if line.strip()),
+            name=str(file.relative_to(self.image_dir)),
+        )
+
+
+def open_source(where: str, options: DataOptions, *, held_out: bool = False) -> Source:
+    """The source at `where`: `world:NAME`, a COCO folder (with an ann_file), or a folder.
+
+    `held_out` gives a world's pictures for measuring instead of those for training.
+    """
+    if where.startswith(WORLD_PREFIX):
+        world = open_world(where.removeprefix(WORLD_PREFIX))
+        return WorldSource(world, options.image_size, HELD_OUT if held_out else 0)
+    folder = Path(where)
+    if not folder.is_dir():
+        raise UserError(f"{where} is no folder; give a folder of pictures, or world:shapes")
+    if options.ann_file:
+        return CocoSource(folder, options.ann_file, options.captions_file, options.image_size)
+    if options.captions_file:
+        raise UserError("--captions_file goes with --ann_file; plain folders have .txt captions")
+    return FolderSource(folder, options.mask_dir, options.image_size)
+
+
+def make_preparation(options: DataOptions) -> Preparation:
+    """The crop, flip and masks that `options` ask for."""
+    return Preparation(
+        side=options.image_size,
+        recipe=make_recipe(options.mask_kinds, options.mask_area),
+        crop=options.crop,
+        random_flip=options.random_flip,
+    )

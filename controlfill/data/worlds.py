@@ -1,0 +1,244 @@
+"""Procedural pictures with exact truth: coloured shapes on patterned grounds, with captions.
+
+A world turns an integer into a picture, so it is unlimited, needs no download, and two people who
+name the same seed look at the same picture. Seeds below `HELD_OUT` are for training, seeds from
+`HELD_OUT` on are for measuring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import cv2
+import numpy as np
+
+from controlfill.errors import UserError
+
+HELD_OUT = 2**31
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 40, 40),
+    "orange": (247, 140, 30),
+    "yellow": (252, 222, 70),
+    "green": (46, 160, 80),
+    "sky": (90, 180, 240),
+    "navy": (24, 36, 104),
+    "purple": (150, 60, 175),
+    "white": (250, 250, 250),
+    "black": (18, 18, 20),
+    "grey": (128, 130, 134),
+    "pink": (250, 150, 190),
+    "brown": (120, 72, 36),
+    "teal": (10, 120, 125),
+    "lime": (170, 220, 50),
+    "cream": (245, 228, 190),
+    "maroon": (110, 15, 45),
+}
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+GROUNDS = ("plain", "striped", "checkered", "dotted", "graded")
+PATTERNED = ("striped", "checkered", "dotted")
+SUPERSAMPLE = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """What is in one picture: the words of its caption, and where the object lies."""
+
+    colour: str
+    shape: str
+    ground: str
+    ground_colours: tuple[str, ...]
+
+    @property
+    def caption(self) -> str:
+        """The caption, such as "orange star on striped navy and white background"."""
+        grounds = " and ".join(self.ground_colours)
+        return f"{self.colour} {self.shape} on {self.ground} {grounds} background"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One drawn picture: `image` uint8 (H, W, 3), `object_mask` uint8 (H, W) 255 inside, truth."""
+
+    image: np.ndarray
+    object_mask: np.ndarray
+    truth: Truth
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The vocabulary of a procedural world; `draw` turns a seed into a picture."""
+
+    colours: tuple[str, ...]
+    shapes: tuple[str, ...]
+    grounds: tuple[str, ...] = GROUNDS
+
+    def words(self) -> list[str]:
+        """Every word a caption of this world can hold."""
+        return [*self.colours, *self.shapes, *self.grounds, "on", "and", "background"]
+
+    def truths(self) -> Iterator[Truth]:
+        """Every caption's truth once, for tests that must see all of them."""
+        for colour, shape, ground in product(self.colours, self.shapes, self.grounds):
+            rest = [c for c in self.colours if c != colour]
+            count = 1 if ground == "plain" else 2
+            yield Truth(
+                colour=colour, shape=shape, ground=ground, ground_colours=tuple(rest[:count])
+            )
+
+    def draw(self, seed: int, size: tuple[int, int] = (64, 64)) -> Picture:
+        """The picture of `seed` at `size` (height, width); the same seed draws the same picture."""
+        rng = np.random.default_rng(seed)
+        colour, *ground = (str(c) for c in rng.choice(self.colours, 3, replace=False))
+        kind = str(rng.choice(self.grounds))
+        truth = Truth(
+            colour=colour,
+            shape=str(rng.choice(self.shapes)),
+            ground=kind,
+            ground_colours=tuple(ground[: 1 if kind == "plain" else 2]),
+        )
+        return paint(truth, rng, size)
+
+
+def paint(
+    truth: Truth,
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    palette: dict[str, tuple[int, int, int]] = COLOURS,
+) -> Picture:
+    """Paint `truth` with a pose and a pattern drawn from `rng`, anti-aliased, at (H, W)."""
+    height, width = size
+    unit = min(size) / 64 * SUPERSAMPLE
+    canvas = (height * SUPERSAMPLE, width * SUPERSAMPLE)
+    share = _blend(GROUND_PAINTERS[truth.ground](rng, canvas, unit), size)
+    first, second = (np.array(palette[c], np.float32) for c in _pair(truth.ground_colours))
+    ground = first + (second - first) * share[..., None]
+    inside = _blend(_object(truth.shape, rng, canvas, unit), size)
+    image = ground + (np.array(palette[truth.colour], np.float32) - ground) * inside[..., None]
+    return Picture(
+        image=np.rint(image).clip(0, 255).astype(np.uint8),
+        object_mask=np.where(inside > 0, 255, 0).astype(np.uint8),
+        truth=truth,
+    )
+
+
+def _pair(colours: tuple[str, ...]) -> tuple[str, str]:
+    return colours[0], colours[-1]
+
+
+def _blend(fine: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Average a supersampled plane down to (H, W)."""
+    return cv2.resize(fine.astype(np.float32), size[::-1], interpolation=cv2.INTER_AREA)
+
+
+def _grid(canvas: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    rows = np.arange(canvas[0], dtype=np.float32)[:, None] + 0.5
+    columns = np.arange(canvas[1], dtype=np.float32)[None, :] + 0.5
+    return rows, columns
+
+
+def _plain(rng: np.random.Generator, canvas: tuple[int, int], unit: float) -> np.ndarray:
+    return np.zeros(canvas, np.float32)
+
+
+def _striped(rng: np.random.Generator, canvas: tuple[int, int], unit: float) -> np.ndarray:
+    rows, columns = _grid(canvas)
+    angle = rng.integers(4) * np.pi / 4
+    period = rng.uniform(11, 18) * unit
+    along = rows * np.float32(np.sin(angle)) + columns * np.float32(np.cos(angle))
+    return (along / period + rng.uniform()) % 1 < 0.5
+
+
+def _checkered(rng: np.random.Generator, canvas: tuple[int, int], unit: float) -> np.ndarray:
+    rows, columns = _grid(canvas)
+    cell = rng.uniform(7, 12) * unit
+    down, right = rng.uniform(0, 2, 2)
+    return (np.floor(rows / cell + down) + np.floor(columns / cell + right)) % 2 == 0
+
+
+def _dotted(rng: np.random.Generator, canvas: tuple[int, int], unit: float) -> np.ndarray:
+    rows, columns = _grid(canvas)
+    spacing = rng.uniform(12, 18) * unit
+    down, right = rng.uniform(0, 1, 2)
+    y = (rows / spacing + down) % 1 - 0.5
+    x = (columns / spacing + right) % 1 - 0.5
+    return y**2 + x**2 < rng.uniform(0.27, 0.33) ** 2
+
+
+def _graded(rng: np.random.Generator, canvas: tuple[int, int], unit: float) -> np.ndarray:
+    rows, columns = _grid(canvas)
+    angle = rng.integers(8) * np.pi / 4
+    along = rows / canvas[0] * np.float32(np.sin(angle)) + columns / canvas[1] * np.float32(
+        np.cos(angle)
+    )
+    return (along - along.min()) / (along.max() - along.min())
+
+
+def _object(
+    shape: str, rng: np.random.Generator, canvas: tuple[int, int], unit: float
+) -> np.ndarray:
+    """A filled shape (0 or 1) of random place, size and turn, wholly inside the canvas."""
+    radius = rng.uniform(13, 20) * unit
+    reach = radius * 1.1 + unit
+    centre = [rng.uniform(reach, side - reach) for side in canvas]
+    turn = rng.uniform(-np.pi / 9, np.pi / 9)
+    plane = np.zeros(canvas, np.uint8)
+    for ring, value in outlines(shape, radius, turn):
+        points = np.rint(ring[:, ::-1] + centre[::-1]).astype(np.int32)
+        cv2.fillPoly(plane, [points], value)
+    return plane
+
+
+def outlines(shape: str, radius: float, turn: float) -> list[tuple[np.ndarray, int]]:
+    """Polygons (N, 2) in (y, x) about the origin with their fill value (1 = solid, 0 = hole)."""
+    if shape == "ring":
+        return [(_polygon(48, radius, turn), 1), (_polygon(48, radius * 0.55, turn), 0)]
+    return [(OUTLINES[shape](radius, turn), 1)]
+
+
+def _polygon(corners: int, radius: float, turn: float) -> np.ndarray:
+    angles = turn + np.arange(corners) * 2 * np.pi / corners
+    return radius * np.stack([-np.cos(angles), np.sin(angles)], axis=1)
+
+
+def _star(radius: float, turn: float) -> np.ndarray:
+    points = _polygon(10, radius * 1.1, turn)
+    points[1::2] *= 0.45
+    return points
+
+
+def _cross(radius: float, turn: float) -> np.ndarray:
+    a, b = 0.34, 1.0
+    corners = [(-b, -a), (-b, a), (-a, a), (-a, b), (a, b), (a, a)]
+    points = np.array(corners + [(-y, -x) for y, x in corners], np.float64) * radius * 0.9
+    turning = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    return points @ turning.T
+
+
+OUTLINES = {
+    "circle": lambda radius, turn: _polygon(48, radius * 0.9, turn),
+    "square": lambda radius, turn: _polygon(4, radius * 1.1, turn + np.pi / 4),
+    "triangle": lambda radius, turn: _polygon(3, radius * 1.1, turn),
+    "star": _star,
+    "cross": _cross,
+}
+GROUND_PAINTERS = {
+    "plain": _plain,
+    "striped": _striped,
+    "checkered": _checkered,
+    "dotted": _dotted,
+    "graded": _graded,
+}
+WORLDS = {
+    "shapes": World(colours=tuple(COLOURS)[:8], shapes=SHAPES[:4]),
+    "shapes-full": World(colours=tuple(COLOURS), shapes=SHAPES),
+}
+
+
+def open_world(name: str) -> World:
+    """The world called `name`, one of `WORLDS`."""
+    if name not in WORLDS:
+        raise UserError(f"no world is called {name!r}; there are: {', '.join(WORLDS)}")
+    return WORLDS[name]

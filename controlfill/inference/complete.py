@@ -1,0 +1,153 @@
+"""Completing pictures: holes are generated, known pixels come back as the bytes they were."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from controlfill.data.hints import check_range
+from controlfill.data.sample import Batch, Sample, collate
+from controlfill.diffusion.condition import encode_condition, latent_mask
+from controlfill.diffusion.denoiser import ControlDenoiser
+from controlfill.diffusion.sampler import Denoise, Guidance, Known, make_scheduler, sample
+from controlfill.errors import UserError
+from controlfill.images import (
+    Photo,
+    as_mask,
+    as_photo,
+    as_rgb,
+    grid,
+    pad_to_multiple,
+    paste,
+    resize,
+    save_image,
+    to_uint8,
+)
+from controlfill.inference.pipeline import Pipeline, Progress
+from controlfill.options import SampleOptions
+
+PANEL = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A completed picture: `image` uint8 (H, W, 3), its `alpha`, the `mask`, and all settings."""
+
+    image: np.ndarray
+    alpha: np.ndarray | None
+    known: np.ndarray
+    mask: np.ndarray
+    settings: dict[str, Any]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write inpainted.png (with the settings inside) and comparison.png into `folder`."""
+        folder = Path(folder)
+        save_image(folder / "comparison.png", self.comparison())
+        return save_image(folder / "inpainted.png", self.image, self.alpha, self.settings)
+
+    def comparison(self) -> np.ndarray:
+        """Input, mask and output side by side, at most 512 pixels high and wide each."""
+        scale = min(1.0, PANEL / max(self.mask.shape))
+        size = tuple(max(1, round(side * scale)) for side in self.mask.shape)
+        panels = (self.known, as_rgb(self.mask), self.image)
+        return grid([[resize(panel, (size[0], size[1])) for panel in panels]])
+
+
+def inpaint(
+    pipeline: Pipeline,
+    image: Any,
+    mask: Any,
+    options: SampleOptions,
+    progress: Progress | None = None,
+) -> Result:
+    """Fill the white part of `mask` in `image`, of any size.
+
+    Both are paths, PIL pictures, numpy arrays or tensors. Raises UserError when their sizes differ
+    or the mask is black, and InterruptedError when `progress` returns False.
+    """
+    photo = as_photo(image)
+    hole = as_mask(mask, photo.size)
+    multiple = pipeline.bundle.size_multiple
+    padded = Sample(
+        image=pad_to_multiple(photo.rgb, multiple),
+        mask=pad_to_multiple(hole, multiple),
+        prompt=options.prompt,
+    )
+    batch = collate([padded], pipeline.spec)
+    with pipeline.lock:
+        generated = to_uint8(generate_batch(pipeline, batch, options, progress))[0]
+    return _result(pipeline, photo, hole, generated, options)
+
+
+def _result(
+    pipeline: Pipeline,
+    photo: Photo,
+    hole: np.ndarray,
+    generated: np.ndarray,
+    options: SampleOptions,
+) -> Result:
+    height, width = photo.size
+    settings = {
+        **options.as_dict(),
+        "base": pipeline.bundle.name,
+        "control": pipeline.control,
+        "conditioning": pipeline.spec.label,
+        "guidance_scale": guidance_scale(pipeline, options),
+    }
+    return Result(
+        image=paste(photo.rgb, generated[:height, :width], hole, options.feather),
+        alpha=photo.alpha,
+        known=photo.rgb,
+        mask=hole,
+        settings=settings,
+    )
+
+
+def guidance_scale(pipeline: Pipeline, options: SampleOptions) -> float:
+    """The guidance scale asked for, or the base's usual one."""
+    asked = options.guidance_scale
+    return pipeline.bundle.guidance_scale if asked is None else asked
+
+
+@torch.no_grad()
+def generate_batch(
+    pipeline: Pipeline, batch: Batch, options: SampleOptions, progress: Progress | None = None
+) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1] for a batch whose sides fit the base; nothing is pasted."""
+    bundle = pipeline.bundle
+    batch = batch.to(bundle.device)
+    check_range(batch.hint, batch.mask, pipeline.spec)
+    rng = torch.Generator().manual_seed(options.seed)
+    clean = bundle.encode_image(batch.image * 2 - 1)
+    noise = torch.randn(clean.shape, generator=rng).to(clean)
+    known = Known(latents=clean, mask=latent_mask(batch.mask, bundle.factor))
+    scheduler = make_scheduler(
+        options.scheduler, bundle.scheduler_config, options.num_inference_steps, bundle.device
+    )
+    denoise = make_denoise(pipeline, batch, options)
+    latents, total = noise, len(scheduler.timesteps)
+    for done, latents in enumerate(sample(denoise, scheduler, noise, rng, known), 1):  # noqa: B007
+        if progress is not None and progress(done, total) is False:
+            raise InterruptedError(f"cancelled after {done} of {total} steps")
+    if not bool(torch.isfinite(latents).all()):
+        raise UserError("sampling gave values that are no numbers; try --mixed_precision no")
+    return bundle.decode(latents)
+
+
+def make_denoise(pipeline: Pipeline, batch: Batch, options: SampleOptions) -> Denoise:
+    """The denoiser of one request: its prompts, hint, guidance and control scale."""
+    bundle = pipeline.bundle
+    scale = guidance_scale(pipeline, options)
+    negative = bundle.text.encode([options.negative_prompt] * len(batch.prompts))
+    return Denoise(
+        ControlDenoiser(bundle.unet),
+        pipeline.network,
+        encode_condition(bundle, pipeline.spec, batch),
+        Guidance(scale=scale, without=negative) if scale != 1 else None,
+        options.controlnet_conditioning_scale,
+    )

@@ -1,0 +1,123 @@
+"""The pipeline: a base and its ControlNet, loaded once and used by every way in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import torch
+
+from controlfill.data.hints import HINTS, Spec, open_spec
+from controlfill.errors import UserError
+from controlfill.models import embedded
+from controlfill.models.bundle import Bundle, current_name, load_bundle
+from controlfill.models.controlnet import (
+    Header,
+    find_controlnet,
+    load_controlnet,
+    read_control_header,
+)
+
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel
+
+log = logging.getLogger(__name__)
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Told (steps done, steps in all); returns False to stop.
+Progress = Callable[[int, int], bool | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """A frozen `bundle`, its ControlNet, and the conditioning that it was trained with."""
+
+    bundle: Bundle
+    network: ControlNetModel | None
+    spec: Spec
+    control: str | None = None
+    lock: Lock = field(default_factory=Lock, repr=False)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; `auto` takes the best there is. Raises UserError."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but no CUDA device is there; use --device cpu")
+    return torch.device(name)
+
+
+def load(
+    base: str | None = None,
+    control: str | None = None,
+    *,
+    conditioning: str | None = None,
+    device: str = "auto",
+    mixed_precision: str = "no",
+) -> Pipeline:
+    """Load a base and a ControlNet; without either, the embedded pair.
+
+    `control` is a checkpoint, final_model, diffusers folder, .safetensors file or `embedded`;
+    `base` is taken from its header when not given. `conditioning` is needed only for foreign
+    weights, which don't say what they were trained with. Raises UserError.
+    """
+    if control is None and base in (None, embedded.EMBEDDED):
+        control = embedded.EMBEDDED
+    if control is None:
+        raise UserError(f"--base {base} needs a --control that was trained on it")
+    file = find_controlnet(control)
+    header = read_control_header(file)
+    spec = choose_spec(header, conditioning, file)
+    bundle = load_bundle(choose_base(header, base, file))
+    check_base(header, bundle, file)
+    network = load_controlnet(file, bundle, spec.channels, at_latent_size=spec.at_latent_size)
+    place, dtype = pick_device(device), DTYPES[mixed_precision]
+    torch.nn.Module.to(network.eval().requires_grad_(False), device=place, dtype=dtype)
+    return Pipeline(bundle=bundle.to(place, dtype), network=network, spec=spec, control=control)
+
+
+def choose_spec(header: Header | None, conditioning: str | None, file: Path) -> Spec:
+    """The conditioning recorded with the weights, or the one named. Raises UserError."""
+    if header is None:
+        if conditioning is None:
+            raise UserError(
+                f"{file} does not say what conditioning it was trained with; name it with "
+                f"--conditioning, one of: {', '.join(HINTS)}"
+            )
+        return open_spec(conditioning)
+    spec = open_spec(header.conditioning)
+    if conditioning is not None and open_spec(conditioning) != spec:
+        raise UserError(
+            f"{file} was trained with conditioning {header.conditioning}, not {conditioning}; "
+            "leave --conditioning out"
+        )
+    return spec
+
+
+def choose_base(header: Header | None, base: str | None, file: Path) -> str:
+    """The base named, or the one recorded with the weights. Raises UserError."""
+    if base is not None:
+        return base
+    if header is None:
+        raise UserError(f"{file} does not say what base it was trained on; name it with --base")
+    return header.base
+
+
+def check_base(header: Header | None, bundle: Bundle, file: Path) -> None:
+    """Raise UserError when the weights were trained on another kind of base."""
+    if header is None:
+        return
+    wanted = (header.base_family, header.prediction_type)
+    found = (bundle.family, bundle.prediction_type)
+    if wanted != found:
+        raise UserError(
+            f"{file} was trained on a {' '.join(wanted)} base ({header.base}), but "
+            f"{bundle.name} is {' '.join(found)}; give a base of that kind"
+        )
+    if current_name(header.base) != bundle.name:
+        log.info("%s was trained on %s and is used with %s", file, header.base, bundle.name)

@@ -1,0 +1,184 @@
+"""The bundle: everything frozen of a base, and all that differs between bases."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from controlfill.errors import UserError
+from controlfill.models import embedded
+from controlfill.models.text import Text
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Ids that left the hub, and where the same weights live now.
+SUCCESSORS = {
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
+}
+USUAL_GUIDANCE = 7.5
+FAMILIES = {768: "sd15", 1024: "sd2", embedded.TEXT_WIDTH: "embedded"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A frozen base. `name` is how the user called it, `scheduler_config` its noise schedule."""
+
+    name: str
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    text: Text
+    scheduler_config: dict[str, Any]
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell and side."""
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+
+    @property
+    def size_multiple(self) -> int:
+        """Pictures must have sides that are multiples of this."""
+        return self.factor * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
+
+    @property
+    def family(self) -> str:
+        """sd15, sd2 or embedded; bases of another text width are named by it."""
+        width = self.unet.config["cross_attention_dim"]
+        return FAMILIES.get(width, f"sd-{width}")
+
+    @property
+    def prediction_type(self) -> str:
+        """epsilon, v_prediction or sample."""
+        return self.scheduler_config.get("prediction_type", "epsilon")
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale this base is usually run with."""
+        return embedded.GUIDANCE if self.family == "embedded" else USUAL_GUIDANCE
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base lies."""
+        return next(self.unet.parameters()).device
+
+    @torch.no_grad()
+    def encode_image(self, image: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        """Latents of (B, 3, H, W) in [-1, 1]; drawn from the posterior by `rng`, else its mode."""
+        encoded: Any = self.vae.encode(image.to(self.vae.dtype))
+        posterior = encoded.latent_dist
+        latents = posterior.mean
+        if rng is not None:
+            noise = torch.randn(latents.shape, generator=rng).to(latents)
+            latents = latents + posterior.std * noise
+        return (latents - self._shift) * self.vae.config["scaling_factor"]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The picture (B, 3, H, W) in [0, 1] of `latents`."""
+        latents = latents / self.vae.config["scaling_factor"] + self._shift
+        vae: Any = self.vae
+        image = vae.decode(latents.to(vae.dtype)).sample
+        return (image.float() / 2 + 0.5).clamp(0, 1)
+
+    @property
+    def _shift(self) -> float:
+        return self.vae.config.get("shift_factor") or 0.0
+
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Bundle:
+        """Move the networks; returns the bundle itself."""
+        networks: tuple[Any, ...] = (self.vae, self.unet, self.text.encoder)
+        for network in networks:
+            network.to(device=device, dtype=dtype)
+        return self
+
+
+def current_name(name: str) -> str:
+    """`name`, or its successor where the id has left the hub (said once per call in the log)."""
+    successor = SUCCESSORS.get(name)
+    if successor is None:
+        return name
+    log.warning("%s has left the hub; using %s, the same weights", name, successor)
+    return successor
+
+
+def load_bundle(name: str) -> Bundle:
+    """Load a base by `embedded`, the path of a diffusers folder, or a hub id; all frozen, float32.
+
+    Raises UserError when it is not there or not of the SD 1.5 / SD 2 kind.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    name = current_name(name)
+    where = find_base(name)
+    unet: UNet2DConditionModel = _load_part(UNet2DConditionModel, where, "unet")
+    if unet.config["in_channels"] != unet.config["out_channels"]:
+        raise UserError(
+            f"{name}: its UNet takes {unet.config['in_channels']} channels; a ControlNet is "
+            "trained on a plain text-to-image base, whose UNet takes 4"
+        )
+    bundle = Bundle(
+        name=name,
+        vae=_load_part(AutoencoderKL, where, "vae"),
+        unet=unet,
+        text=Text(
+            _try(lambda: CLIPTokenizer.from_pretrained(where, subfolder="tokenizer"), where),
+            _load_part(CLIPTextModel, where, "text_encoder"),
+        ),
+        scheduler_config=_try(lambda: _scheduler_config(where), where),
+    )
+    for network in (bundle.vae, bundle.unet, bundle.text.encoder):
+        network.eval().requires_grad_(False)
+    return bundle.to(torch.device("cpu"))
+
+
+def find_base(name: str) -> str:
+    """The folder or hub id to load for `name`. Raises UserError when it can be neither."""
+    if name == embedded.EMBEDDED:
+        return str(embedded.FOLDER)
+    if Path(name).is_dir():
+        if not (Path(name) / "model_index.json").is_file():
+            raise UserError(f"{name} is no diffusers folder: model_index.json is missing")
+        if (Path(name) / "text_encoder_2").is_dir():
+            raise UserError(f"{name} has two text encoders (SDXL); give an SD 1.5 or SD 2 base")
+        return name
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(
+            f"the base {name} is no folder; give a diffusers folder, a hub id, or `embedded`"
+        )
+    return name
+
+
+def _load_part(cls: Any, where: str, subfolder: str) -> Any:
+    """A network from its subfolder; half-precision-only folders are read by their variant."""
+    folder = Path(where) / subfolder
+    halves = list(folder.glob("*.fp16.safetensors"))
+    whole = [f for f in folder.glob("*.safetensors") if f not in halves]
+    variant = {"variant": "fp16"} if halves and not whole else {}
+    return _try(lambda: cls.from_pretrained(where, subfolder=subfolder, **variant), where)
+
+
+def _scheduler_config(where: str) -> dict[str, Any]:
+    from diffusers import DDPMScheduler
+
+    config: Any = DDPMScheduler.load_config(where, subfolder="scheduler")
+    return dict(config)
+
+
+def _try(load: Callable[[], T], where: str) -> T:
+    """`load()`, with whatever the loaders raise turned into one line."""
+    try:
+        return load()
+    except Exception as error:  # the loaders raise anything from OSError to KeyError
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"the base {where} could not be loaded: {reason}") from error

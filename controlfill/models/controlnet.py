@@ -1,0 +1,176 @@
+"""ControlNets: made from a UNet, saved with a header that explains them, loaded from anywhere."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from controlfill.errors import UserError
+from controlfill.files import read_header, read_json
+from controlfill.models import embedded
+from controlfill.models.bundle import Bundle
+
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SINGLE = "controlnet.safetensors"
+HEADER_KEY = "controlfill"
+CONFIG_KEY = "controlnet_config"
+# The hint passes through these widths of the ControlNet paper, halving its size at each but one.
+HINT_WIDTHS = (16, 32, 96, 256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a saved ControlNet says of itself: enough to use it without guessing."""
+
+    conditioning: str
+    base: str
+    base_family: str
+    prediction_type: str
+    step: int = 0
+    version: str = version("controlfill")
+
+
+def make_controlnet(
+    bundle: Bundle, channels: int, *, at_latent_size: bool = False
+) -> ControlNetModel:
+    """A ControlNet that copies the base's encoder and ends in zero convolutions (Zhang 2023).
+
+    `channels` is that of the hint, which has the picture's size unless `at_latent_size`.
+    """
+    from diffusers import ControlNetModel
+
+    halvings = 0 if at_latent_size else bundle.factor.bit_length() - 1
+    return ControlNetModel.from_unet(
+        bundle.unet,
+        conditioning_channels=channels,
+        conditioning_embedding_out_channels=HINT_WIDTHS[: halvings + 1],
+    )
+
+
+def save_controlnet(
+    network: ControlNetModel,
+    folder: Path,
+    header: Header,
+    weights: dict[str, Tensor] | None = None,
+    *,
+    single: bool = False,
+) -> None:
+    """Write `network` (or `weights` in its place) as a diffusers folder with `header`.
+
+    `single` adds the same as one controlnet.safetensors that carries its config.
+    """
+    from safetensors.torch import save_file
+
+    network.save_config(folder)
+    state = weights if weights is not None else network.state_dict()
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    about = {
+        "format": "pt",
+        HEADER_KEY: json.dumps(asdict(header)),
+        CONFIG_KEY: json.dumps(dict(network.config), default=str),
+    }
+    for name in (WEIGHTS, SINGLE) if single else (WEIGHTS,):
+        save_file(state, folder / name, metadata=about)
+
+
+def find_controlnet(where: str) -> Path:
+    """The weights file that `where` means: a file, a folder, a run, or `embedded`.
+
+    Raises UserError when there is none.
+    """
+    path = embedded.CONTROL_FOLDER if where == embedded.EMBEDDED else Path(where)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(
+            f"the ControlNet {where} does not exist; give a checkpoint folder, "
+            "final_model, a diffusers folder, a .safetensors file, or `embedded`"
+        )
+    checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]))
+    for folder in (path, path / "final_model", *reversed(checkpoints)):
+        if (folder / WEIGHTS).is_file():
+            return folder / WEIGHTS
+    raise UserError(f"{where} holds no ControlNet: {WEIGHTS} is missing")
+
+
+def read_control_header(file: Path) -> Header | None:
+    """The header of a weights file; None for foreign weights, which carry none."""
+    if file.suffix != ".safetensors":
+        return None
+    text = read_header(file).get(HEADER_KEY)
+    return Header(**json.loads(text)) if text else None
+
+
+def load_controlnet(file: Path, bundle: Bundle, channels: int, **kind: Any) -> ControlNetModel:
+    """The ControlNet in `file`, float32, for use with `bundle`.
+
+    Its config comes from the file's header or the config.json beside it; foreign single files get
+    the one that `make_controlnet` would give. Raises UserError when the weights don't fit.
+    """
+    from diffusers import ControlNetModel
+
+    config = _config_of(file)
+    network: Any = (
+        make_controlnet(bundle, channels, **kind)
+        if config is None
+        else ControlNetModel.from_config(config)
+    )
+    _check_fit(network, bundle, channels, file)
+    try:
+        network.load_state_dict(_read_weights(file))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()[:200] if "\n" in str(error) else str(error)
+        raise UserError(
+            f"the weights in {file} are no ControlNet for this base: {reason}"
+        ) from error
+    return network.float()
+
+
+def _config_of(file: Path) -> dict[str, Any] | None:
+    if file.name == WEIGHTS and (file.parent / "config.json").is_file():
+        return read_json(file.parent / "config.json")
+    text = read_header(file).get(CONFIG_KEY) if file.suffix == ".safetensors" else None
+    return json.loads(text) if text else None
+
+
+def _check_fit(network: ControlNetModel, bundle: Bundle, channels: int, file: Path) -> None:
+    """Raise UserError unless hint channels and text width are those of spec and base."""
+    width, hint = (network.config[key] for key in ("cross_attention_dim", "conditioning_channels"))
+    if width != bundle.unet.config["cross_attention_dim"]:
+        raise UserError(
+            f"the ControlNet {file} belongs to a base with text width {width}, but {bundle.name} "
+            f"has {bundle.unet.config['cross_attention_dim']}; give the base it was trained on"
+        )
+    if hint != channels:
+        raise UserError(
+            f"the ControlNet {file} takes hints of {hint} channels, but its conditioning makes "
+            f"{channels}; name the conditioning it was trained with"
+        )
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or of a pickled state dict, never running its code."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise UserError(f"{file} is a broken safetensors file: {error}") from error
+    except Exception as error:  # unpickling raises anything
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "unreadable"
+        raise UserError(f"{file} is no state dict of plain tensors: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{file} is no state dict of plain tensors; save one with safetensors")
+    return state

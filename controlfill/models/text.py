@@ -1,0 +1,36 @@
+"""Words to vectors: the only file that touches a tokenizer or a text encoder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+
+class Text:
+    """A CLIP tokenizer and its text encoder, as SD 1.5 and SD 2 use them."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
+        self.tokenizer, self.encoder = tokenizer, encoder
+        places = encoder.config.max_position_embeddings
+        self.length = min(tokenizer.model_max_length, places)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Tensor:
+        """The last hidden states of `prompts`, (B, tokens, width); longer prompts are cut."""
+        tokens = self.tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=self.length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        device = next(self.encoder.parameters()).device
+        # SD 2's encoder says that it wants the padding masked; SD 1.5's was trained without.
+        masked = getattr(self.encoder.config, "use_attention_mask", None)
+        attention = tokens.attention_mask.to(device) if masked else None
+        return self.encoder(tokens.input_ids.to(device), attention_mask=attention)[0]

@@ -1,0 +1,131 @@
+"""Checkpoints: folders that are whole or not there, and hold all that is needed to go on exactly.
+
+    checkpoint-300/
+      config.json, diffusion_pytorch_model.safetensors   the network, a diffusers folder
+      optimizer.safetensors   AdamW's moments
+      ema.safetensors         averaged weights, if any
+      state.json              step, options, sizes of the files above
+
+Learning rate, noise and data order are functions of the step, so no state of theirs is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from controlfill.errors import UserError
+from controlfill.files import read_json, remove_leftovers, write_folder, write_json
+from controlfill.models.controlnet import WEIGHTS, Header, save_controlnet
+
+log = logging.getLogger(__name__)
+STATE = "state.json"
+OPTIMIZER = "optimizer.safetensors"
+AVERAGE = "ema.safetensors"
+RUN = "controlnet_inpainting_"
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run is: optimizer steps done, and the loss scaler of fp16 if there is one."""
+
+    step: int = 0
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    folder: Path,
+    network: nn.Module,
+    header: Header,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor] | None,
+    state: dict[str, Any],
+) -> None:
+    """Write a checkpoint to `folder`, whole or not at all; `state` goes into state.json."""
+    with write_folder(folder) as temporary:
+        save_controlnet(network, temporary, header)  # pyright: ignore[reportArgumentType]
+        save_file(flatten_optimizer(optimizer), temporary / OPTIMIZER)
+        if average is not None:
+            save_file(average, temporary / AVERAGE)
+        sizes = {f.name: f.stat().st_size for f in sorted(temporary.iterdir())}
+        write_json(temporary / STATE, {**state, "files": sizes})
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors by names like "12.exp_avg"."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": value.detach().cpu().contiguous()
+        for index, values in state.items()
+        for name, value in values.items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Give `optimizer` the moments that `flatten_optimizer` gave; its options stay its own."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file of a checkpoint is there at its full size."""
+    try:
+        files = read_json(folder / STATE)["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (UserError, OSError, KeyError, TypeError):
+        return False
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = [p for p in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    found.sort(key=lambda p: int(p.name.split("-")[1]))
+    return [p for p in found if is_whole(p)]
+
+
+def prune(run: Path, limit: int | None) -> None:
+    """Remove all but the newest `limit` checkpoints."""
+    if limit is not None:
+        for old in checkpoints_of(run)[: -max(1, limit)]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def find_resume(where: str, output_dir: Path) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` means.
+
+    `latest` is the newest whole one of the newest run in `output_dir` that has one, None where no
+    run has. Raises UserError for a path that holds none.
+    """
+    if where != "latest":
+        path = Path(where)
+        if is_whole(path):
+            return path
+        within = checkpoints_of(path) if path.is_dir() else []
+        if not within:
+            raise UserError(
+                f"--resume_from_checkpoint {where} holds no whole checkpoint; give a checkpoint "
+                "folder, a run's folder, or `latest`"
+            )
+        return within[-1]
+    for run in sorted(output_dir.glob(f"{RUN}*"), reverse=True):
+        remove_leftovers(run)
+        if found := checkpoints_of(run):
+            return found[-1]
+    return None
+
+
+def load_weights(folder: Path, network: nn.Module) -> None:
+    """Give `network` the weights of a checkpoint."""
+    network.load_state_dict(load_file(folder / WEIGHTS))

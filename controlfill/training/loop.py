@@ -1,0 +1,117 @@
+"""The training loop with Accelerate, from batch to step.
+
+This is the page to read to see how a ControlNet learns. Everything it calls has one job:
+`objective` says what a batch costs, `batches` gives them in their order, and the caller decides
+what to do with each Step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from controlfill.data.sample import Batch
+from controlfill.diffusion.objective import Objective, step_rng
+from controlfill.options import TrainOptions
+from controlfill.training.optim import Average, learning_rate, set_learning_rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One optimizer step that is done: its number from 1 on, and what there is to say of it.
+
+    `loss` and `grad_norm` stay on the device; read them only when needed, each reading waits for
+    the device. `skipped` names pictures that could not be used.
+    """
+
+    index: int
+    total: int
+    loss: Tensor
+    grad_norm: Tensor
+    learning_rate: float
+    images: int
+    skipped: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Where a run starts and ends, its options, and the average it keeps."""
+
+    start: int
+    total: int
+    options: TrainOptions
+    average: Average | None = None
+
+
+def make_accelerator(options: TrainOptions) -> Accelerator:
+    """Accelerate's hold on devices, processes, number formats and accumulation."""
+    return Accelerator(
+        mixed_precision=options.mixed_precision,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+    )
+
+
+def agree(accelerator: Accelerator, word: str) -> str:
+    """The main process's `word`, on every process."""
+    words = [word]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(words)
+    return words[0]
+
+
+def train_loop(
+    accelerator: Accelerator,
+    objective: Objective,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Batch],
+    plan: Plan,
+) -> Iterator[Step]:
+    """Yield a Step after each optimizer step, from `plan.start` + 1 to `plan.total`."""
+    options = plan.options
+    micro_batches = options.gradient_accumulation_steps
+    number = plan.start * micro_batches
+    losses: list[Tensor] = []
+    skipped: list[str] = []
+    grad_norm = torch.zeros(())
+    network.train()
+    for batch in batches:
+        rate = learning_rate(number // micro_batches, plan.total, options)
+        set_learning_rate(optimizer, rate)
+        with accelerator.accumulate(network):
+            # 1) All randomness of this forward pass follows from its place in the run.
+            rng = step_rng(options.seed, accelerator.process_index, number)
+            # 2) Noise the picture, let ControlNet and frozen UNet predict, compare.
+            with accelerator.autocast():
+                loss = objective(network, batch.to(accelerator.device), rng).mean()
+            # 3) Only the ControlNet gets gradients; Accelerate averages them between processes.
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(network.parameters(), options.max_grad_norm)
+                grad_norm = torch.as_tensor(norm)
+            # 4) Between the micro-batches of one step Accelerate makes these two do nothing.
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.detach())
+        skipped += batch.skipped
+        number += 1
+        if not accelerator.sync_gradients:
+            continue
+        done = number // micro_batches
+        if plan.average is not None:
+            plan.average.update(accelerator.unwrap_model(network), done)
+        yield Step(
+            index=done,
+            total=plan.total,
+            loss=torch.stack(losses).mean(),
+            grad_norm=grad_norm,
+            learning_rate=rate,
+            images=len(batch.prompts) * micro_batches * accelerator.num_processes,
+            skipped=skipped,
+        )
+        losses, skipped = [], []
