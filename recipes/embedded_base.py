@@ -117,9 +117,11 @@ class Trainee:
 
 
 def half(module: nn.Module, folder: Path) -> None:
-    """Save `module` in half precision."""
+    """Save `module` in half precision, to be loaded in single."""
     module.half().save_pretrained(folder, safe_serialization=True)
     module.float()
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def train_vae(options: argparse.Namespace, world: World) -> nn.Module:

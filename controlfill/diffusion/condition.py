@@ -35,6 +35,30 @@ def latent_mask(mask: Tensor, factor: int) -> Tensor:
     return F.max_pool2d(cells, kernel_size=3, stride=1, padding=1)
 
 
+def smooth_fill(image: Tensor, mask: Tensor) -> Tensor:
+    """The picture (B, 3, H, W) with its hole filled by averages of what is known around it.
+
+    Push-pull: averages of known pixels over ever larger blocks, the finest that exist (Gortler et
+    al. 1996). The VAE must see neither what the hole hid nor an edge at its rim, since both would
+    reach the latents of known pixels; where nothing is known the fill is mid-grey.
+    """
+    weight = 1 - mask
+    summed, weights = [image * weight], [weight]
+    while max(summed[-1].shape[-2:]) > 1:
+        summed.append(F.avg_pool2d(summed[-1], 2, ceil_mode=True, count_include_pad=False))
+        weights.append(F.avg_pool2d(weights[-1], 2, ceil_mode=True, count_include_pad=False))
+    filled = torch.full_like(summed[-1], 0.5)
+    for total, known in zip(reversed(summed), reversed(weights), strict=True):
+        coarse = F.interpolate(filled, total.shape[-2:], mode="bilinear", align_corners=False)
+        filled = torch.where(known > 0, total / known.clamp(min=1e-6), coarse)
+    return filled
+
+
+def known_latents(bundle: Bundle, batch: Batch) -> Tensor:
+    """Latents of `batch` for keeping what is known; they hold nothing of what the hole hid."""
+    return bundle.encode_image(smooth_fill(batch.image, batch.mask) * 2 - 1)
+
+
 def make_hint(bundle: Bundle, spec: Spec, batch: Batch) -> Tensor:
     """The hint that `spec` promises: the batch's own, through the VAE where the spec is latent."""
     if not spec.at_latent_size:

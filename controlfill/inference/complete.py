@@ -12,7 +12,7 @@ from torch import Tensor
 
 from controlfill.data.hints import check_range
 from controlfill.data.sample import Batch, Sample, collate
-from controlfill.diffusion.condition import encode_condition, latent_mask
+from controlfill.diffusion.condition import encode_condition, known_latents, latent_mask
 from controlfill.diffusion.denoiser import ControlDenoiser
 from controlfill.diffusion.sampler import Denoise, Guidance, Known, make_scheduler, sample
 from controlfill.errors import UserError
@@ -123,7 +123,7 @@ def generate_batch(
     batch = batch.to(bundle.device)
     check_range(batch.hint, batch.mask, pipeline.spec)
     rng = torch.Generator().manual_seed(options.seed)
-    clean = bundle.encode_image(batch.image * 2 - 1)
+    clean = known_latents(bundle, batch)
     noise = torch.randn(clean.shape, generator=rng).to(clean)
     known = Known(latents=clean, mask=latent_mask(batch.mask, bundle.factor))
     scheduler = make_scheduler(

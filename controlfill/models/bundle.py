@@ -96,9 +96,9 @@ class Bundle:
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Bundle:
         """Move the networks; returns the bundle itself."""
-        networks: tuple[Any, ...] = (self.vae, self.unet, self.text.encoder)
-        for network in networks:
-            network.to(device=device, dtype=dtype)
+        for network in (self.vae, self.unet, self.text.encoder):
+            # The library's own `to` warns about parts that it would keep in float32: there are none.
+            torch.nn.Module.to(network, device=device, dtype=dtype)
         return self
 
 

@@ -92,6 +92,7 @@ def make_scheduler() -> DDPMScheduler:
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
         clip_sample=False,
+        steps_offset=1,  # what SD 1.5 has; trailing timesteps have no use for it
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
@@ -50,6 +51,9 @@ class Plan:
 
 def make_accelerator(options: TrainOptions) -> Accelerator:
     """Accelerate's hold on devices, processes, number formats and accumulation."""
+    # Its state outlives a run and would refuse another number format in the same process.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
     return Accelerator(
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,

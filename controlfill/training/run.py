@@ -188,7 +188,10 @@ def prepare(options: TrainOptions, source: Source | None = None) -> Run:
     spec = open_spec(options.conditioning)
     network = start_network(options, bundle, spec)
     folder = resume.parent if resume else new_folder(options.output_dir, accelerator)
-    bundle.to(accelerator.device, DTYPES[options.mixed_precision])
+    # On a GPU half-precision frozen weights save memory; the CPU's autocast wants them in single.
+    on_cpu = accelerator.device.type == "cpu"
+    dtype = DTYPES["no" if on_cpu else options.mixed_precision]
+    bundle.to(accelerator.device, dtype)
     return Run(
         options=options, accelerator=accelerator, bundle=bundle, spec=spec, network=network,
         data=data, folder=folder, resume=resume,

@@ -1,0 +1,125 @@
+"""Samples become squares and batches the same way whoever draws them."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from controlfill.data.hints import open_spec
+from controlfill.data.masks import make_recipe
+from controlfill.data.sample import Preparation, PreparedSource, Sample, collate, draw_geometry
+from controlfill.data.sources import WorldSource
+from controlfill.data.worlds import open_world
+from controlfill.errors import UserError
+from controlfill.options import MASK_KINDS
+from controlfill.training.run import calm_worker, collate_prepared
+
+SPEC = open_spec("masked-image")
+
+
+def preparation(**changes) -> Preparation:
+    return Preparation(side=32, recipe=make_recipe(MASK_KINDS, (0.1, 0.3)), **changes)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_masks_are_the_same_for_0_and_4_workers():
+    data = PreparedSource(WorldSource(open_world("shapes"), 32), preparation(), seed=3)
+    places = [[(epoch, 4 * i + j) for j in range(4)] for epoch in (0, 1) for i in range(4)]
+
+    def masks(workers: int) -> torch.Tensor:
+        loader = DataLoader(
+            data,
+            batch_sampler=places,
+            num_workers=workers,
+            collate_fn=functools.partial(collate_prepared, spec=SPEC),
+            worker_init_fn=calm_worker,
+        )
+        return torch.stack([torch.cat([b.mask, b.hint], dim=1) for b in loader])
+
+    assert torch.equal(masks(0), masks(4))
+
+
+def test_epochs_and_seeds_draw_other_masks():
+    source = WorldSource(open_world("shapes"), 32)
+    data, other = (PreparedSource(source, preparation(), seed) for seed in (1, 2))
+    one = data[0, 5][0]
+    assert np.array_equal(one.mask, data[0, 5][0].mask)
+    assert not np.array_equal(one.mask, data[1, 5][0].mask)
+    assert not np.array_equal(one.mask, other[0, 5][0].mask)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 90), (77, 33), (500, 400), (1, 1), (8, 200)])
+def test_any_size_becomes_the_square(size):
+    image = np.random.default_rng(0).integers(0, 255, (*size, 3)).astype(np.uint8)
+    given = np.zeros(size, np.uint8)
+    given[0, 0] = 255
+    sample = Sample(image=image, mask=given, prompt="x")
+    cut = preparation(crop="center")(sample, np.random.default_rng(0))
+    assert cut.image.shape == (32, 32, 3)
+    assert cut.mask.shape == (32, 32)
+
+
+def test_crop_and_flip_move_image_mask_and_objects_together():
+    image = np.zeros((40, 80, 3), np.uint8)
+    image[10:20, 50:70] = 255
+    mask = np.where(image[..., 0] > 0, 255, 0).astype(np.uint8)
+    flips = set()
+    for seed in range(12):
+        geometry = draw_geometry((40, 80), 40, np.random.default_rng(seed), "random", True)
+        flips.add(geometry.flip)
+        np.testing.assert_array_equal(geometry.of_image(image)[..., 0], geometry.of_mask(mask))
+    assert flips == {True, False}
+
+
+def test_centre_crops_are_centred_and_random_ones_move():
+    rngs = [np.random.default_rng(i) for i in range(8)]
+    centred = {draw_geometry((40, 80), 40, rng, "center", False).left for rng in rngs}
+    moving = {draw_geometry((40, 80), 40, rng, "random", False).left for rng in rngs}
+    assert centred == {20}
+    assert len(moving) > 4
+
+
+def test_one_of_several_prompts_is_drawn():
+    sample = Sample(image=np.zeros((32, 32, 3), np.uint8), prompts=("one", "two"))
+    drawn = {preparation()(sample, np.random.default_rng(i)).prompt for i in range(12)}
+    assert drawn == {"one", "two"}
+
+
+class Some:
+    """A user's own source: two broken pictures of four."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index in (1, 2):
+            raise UserError(f"picture {index} is broken")
+        return Sample(image=np.full((32, 32, 3), index, np.uint8), prompt=str(index))
+
+
+def test_broken_pictures_are_replaced_and_named():
+    data = PreparedSource(Some(), preparation(), 0)
+    sample, skipped = data[0, 1]
+    assert sample.prompt == "3"
+    assert skipped == ["picture 1 is broken", "picture 2 is broken"]
+    assert data[0, 0][1] == []
+
+
+def test_only_broken_pictures_are_an_error():
+    data = PreparedSource(Some(), preparation(), 0)
+    data.source = type("None_", (Some,), {"__getitem__": lambda s, i: Some()[1]})()
+    with pytest.raises(UserError, match="none of the 4 pictures can be used: picture 1 is broken"):
+        data[0, 0]
+
+
+def test_a_batch_has_the_promised_ranges():
+    data = PreparedSource(WorldSource(open_world("shapes"), 32), preparation(), 0)
+    batch = collate([data[0, i][0] for i in range(3)], SPEC)
+    assert batch.image.shape == (3, 3, 32, 32)
+    assert batch.mask.shape == (3, 1, 32, 32)
+    assert batch.hint.shape == (3, 3, 32, 32)
+    assert 0 <= batch.image.min() <= batch.image.max() <= 1
+    assert set(batch.mask.unique().tolist()) == {0.0, 1.0}
+    assert batch.hint.min() == -1

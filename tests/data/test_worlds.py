@@ -1,0 +1,59 @@
+"""The world is endless, seeded, and draws what its captions say."""
+
+import numpy as np
+import pytest
+
+from controlfill.data.worlds import COLOURS, HELD_OUT, SHAPES, WORLDS, open_world, outlines, paint
+from controlfill.errors import UserError
+
+WORLD = WORLDS["shapes"]
+
+
+def test_a_seed_is_a_picture():
+    first, again, other = WORLD.draw(7), WORLD.draw(7), WORLD.draw(HELD_OUT + 7)
+    np.testing.assert_array_equal(first.image, again.image)
+    assert first.truth == again.truth
+    assert not np.array_equal(first.image, other.image)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_object_and_ground_have_the_colours_of_the_caption(seed):
+    picture = WORLD.draw(seed, (96, 128))
+    assert picture.image.shape == (96, 128, 3)
+    words = picture.truth.caption.split()
+    assert words[:2] == [picture.truth.colour, picture.truth.shape]
+    centre = picture.image[picture.object_mask > 0]
+    near = np.abs(centre.astype(int) - COLOURS[picture.truth.colour]).max(axis=1) <= 1
+    assert near.mean() > 0.7  # the rest is the anti-aliased rim
+    assert (picture.object_mask > 0).mean() > 0.03
+    edges = (picture.object_mask[[0, -1]], picture.object_mask[:, [0, -1]])
+    assert not any(edge.any() for edge in edges)
+
+
+def test_every_ground_and_shape_can_be_painted_at_any_size():
+    for truth in WORLDS["shapes-full"].truths():
+        if truth.colour == "red":
+            picture = paint(truth, np.random.default_rng(1), (40, 56))
+            assert picture.image.std() > 5
+            assert picture.truth.caption.endswith("background")
+
+
+def test_captions_read_like_captions():
+    captions = {WORLD.draw(seed).truth.caption for seed in range(400)}
+    assert any(" on plain " in c and " and " not in c for c in captions)
+    assert any(" on striped " in c and " and " in c for c in captions)
+    assert len(captions) > 300
+    words = set(WORLD.words())
+    assert all(set(c.split()) <= words for c in captions)
+
+
+def test_rings_have_a_hole():
+    (outer, solid), (inner, hollow) = outlines("ring", 10, 0)
+    assert (solid, hollow) == (1, 0)
+    assert np.abs(inner).max() < np.abs(outer).max()
+    assert all(outlines(shape, 10, 0.1) for shape in SHAPES)
+
+
+def test_unknown_worlds_are_refused():
+    with pytest.raises(UserError, match="no world is called 'moon'; there are: shapes"):
+        open_world("moon")

@@ -1,0 +1,127 @@
+"""Seven lines of sampling equal diffusers' pipelines, and known latents stay known."""
+
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionControlNetPipeline,
+    UniPCMultistepScheduler,
+)
+
+from controlfill.diffusion.condition import Condition
+from controlfill.diffusion.denoiser import ControlDenoiser
+from controlfill.diffusion.sampler import Denoise, Guidance, Known, make_scheduler, sample
+from controlfill.errors import UserError
+from controlfill.models.bundle import load_bundle
+from controlfill.models.controlnet import make_controlnet
+
+CPU = torch.device("cpu")
+THEIRS = {
+    "ddim": (DDIMScheduler, {}),
+    "ddpm": (DDPMScheduler, {}),
+    "unipc": (UniPCMultistepScheduler, {"use_karras_sigmas": True}),
+    "dpm++2m": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "euler": (EulerDiscreteScheduler, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def narrow(narrow_base):
+    """A narrow SD 1.5 and a ControlNet for it whose zero convolutions speak."""
+    bundle = load_bundle(str(narrow_base))
+    torch.manual_seed(2)
+    network = make_controlnet(bundle, 3)
+    for parameter in network.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return bundle, network.eval().requires_grad_(False)
+
+
+@pytest.mark.filterwarnings("ignore")  # the pipeline warns about its own past
+@pytest.mark.parametrize("name", sorted(THEIRS))
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_sampling_equals_the_controlnet_pipeline(name, scale, narrow, narrow_base):
+    bundle, network = narrow
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn((1, 4, 8, 8), generator=rng)
+    hint = torch.rand((1, 3, 64, 64), generator=rng)
+    cls, extra = THEIRS[name]
+    pipeline = StableDiffusionControlNetPipeline(
+        vae=bundle.vae, text_encoder=bundle.text.encoder, tokenizer=bundle.text.tokenizer,
+        unet=bundle.unet, controlnet=network, safety_checker=None, feature_extractor=None,
+        scheduler=cls.from_config(bundle.scheduler_config, **extra), requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        "a red cat", image=hint, latents=noise.clone(), num_inference_steps=6, output_type="latent",
+        guidance_scale=scale, generator=torch.Generator().manual_seed(7), negative_prompt="mat",
+    ).images  # fmt: skip
+    condition = Condition(text=bundle.text.encode(["a red cat"]), hint=hint)
+    guidance = Guidance(scale=scale, without=bundle.text.encode(["mat"])) if scale != 1 else None
+    denoise = Denoise(ControlDenoiser(bundle.unet), network, condition, guidance)
+    scheduler = make_scheduler(name, bundle.scheduler_config, 6, CPU)
+    with torch.no_grad():
+        *_, ours = sample(denoise, scheduler, noise, torch.Generator().manual_seed(7))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_the_opened_folder_is_the_same_controlnet(narrow, tmp_path):
+    bundle, network = narrow
+    network.save_pretrained(tmp_path)
+    again = ControlNetModel.from_pretrained(tmp_path)
+    assert torch.equal(again.conv_in.weight, network.conv_in.weight)
+
+
+@pytest.mark.parametrize("name", sorted(THEIRS))
+def test_known_latents_stay_on_every_scheduler(name, pipe):
+    rng = torch.Generator().manual_seed(0)
+    known, noise = torch.randn((2, 1, 4, 16, 16), generator=rng)
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 4:9, 5:12] = 1
+    text = pipe.bundle.text.encode(["red circle"])
+    condition = Condition(text=text, hint=torch.zeros(1, 3, 64, 64))
+    denoise = Denoise(ControlDenoiser(pipe.bundle.unet), pipe.network, condition)
+    scheduler = make_scheduler(name, pipe.bundle.scheduler_config, 5, CPU)
+    with torch.no_grad():
+        stages = list(sample(denoise, scheduler, noise, rng, Known(latents=known, mask=mask)))
+    assert len(stages) == 5
+    outside = (mask == 0).expand_as(known)
+    assert torch.equal(stages[-1][outside], known[outside])
+    assert not torch.equal(stages[-1][~outside], known[~outside])
+    assert torch.isfinite(stages[-1]).all()
+
+
+def test_guidance_and_control_scale_change_the_prediction(pipe):
+    bundle = pipe.bundle
+    condition = Condition(text=bundle.text.encode(["red star"]), hint=torch.zeros(1, 3, 64, 64))
+    latents, t = torch.ones(1, 4, 16, 16), torch.tensor(500)
+    denoiser = ControlDenoiser(bundle.unet)
+    empty = bundle.text.encode([""])
+    with torch.no_grad():
+        plain = Denoise(denoiser, pipe.network, condition)(latents, t)
+        guided = Denoise(denoiser, pipe.network, condition, Guidance(scale=3.0, without=empty))
+        without = Denoise(denoiser, pipe.network, Condition(text=empty, hint=condition.hint))
+        expected = without(latents, t) + 3 * (plain - without(latents, t))
+        torch.testing.assert_close(guided(latents, t), expected, rtol=1e-3, atol=1e-3)
+        off = Denoise(denoiser, pipe.network, condition, scale=0.0)(latents, t)
+        alone = Denoise(denoiser, None, condition)(latents, t)
+    assert torch.equal(off, alone)
+
+
+def test_each_call_gets_a_fresh_scheduler(pipe):
+    config = pipe.bundle.scheduler_config
+    first, second = (make_scheduler("unipc", config, 4, CPU) for _ in range(2))
+    assert first is not second
+    assert not first.config.use_karras_sigmas  # the embedded base has zero terminal SNR
+    plain = {k: v for k, v in config.items() if k != "rescale_betas_zero_snr"}
+    assert make_scheduler("unipc", plain, 4, CPU).config.use_karras_sigmas
+
+
+def test_impossible_schedules_are_refused(pipe):
+    with pytest.raises(UserError, match="no scheduler is called 'magic'; there are: ddim"):
+        make_scheduler("magic", pipe.bundle.scheduler_config, 4, CPU)
+    with pytest.raises(UserError, match="num_inference_steps is 0"):
+        make_scheduler("ddim", pipe.bundle.scheduler_config, 0, CPU)

@@ -1,0 +1,113 @@
+"""Bases load from names, folders and ids, and refuse what they are not."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+
+from controlfill.errors import UserError
+from controlfill.models.bundle import current_name, find_base, load_bundle
+
+
+def test_the_embedded_base(pipe):
+    bundle = pipe.bundle
+    assert bundle.family == "embedded"
+    assert (bundle.factor, bundle.size_multiple) == (4, 16)
+    assert bundle.prediction_type == "v_prediction"
+
+
+def test_a_narrow_sd15_folder(narrow_base):
+    bundle = load_bundle(str(narrow_base))
+    assert (bundle.factor, bundle.size_multiple) == (8, 64)
+    assert bundle.prediction_type == "epsilon"
+    assert bundle.guidance_scale == 7.5
+    for network in (bundle.vae, bundle.unet, bundle.text.encoder):
+        assert not any(p.requires_grad for p in network.parameters())
+        assert not network.training
+        assert next(network.parameters()).dtype == torch.float32
+
+
+def test_folders_with_only_half_precision_files_load(narrow_base, tmp_path):
+    folder = tmp_path / "half"
+    shutil.copytree(narrow_base, folder)
+    for file in folder.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    whole, half = load_bundle(str(narrow_base)), load_bundle(str(folder))
+    assert torch.equal(whole.unet.conv_in.weight, half.unet.conv_in.weight)
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion-v1-5", "stable-diffusion-inpainting"])
+def test_ids_that_left_the_hub_are_mapped_with_one_line(name, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert current_name(f"runwayml/{name}") == f"stable-diffusion-v1-5/{name}"
+    assert len(caplog.records) == 1
+    assert current_name("org/other") == "org/other"
+    assert find_base("org/other") == "org/other"
+
+
+def test_hub_ids_go_to_the_loaders_by_their_new_name(monkeypatch):
+    from diffusers import UNet2DConditionModel
+
+    asked = []
+
+    def refuse(where, **_):
+        asked.append(where)
+        raise OSError("no connection\nsecond line")
+
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", refuse)
+    with pytest.raises(UserError, match=r"could not be loaded: no connection$"):
+        load_bundle("runwayml/stable-diffusion-v1-5")
+    assert asked == ["stable-diffusion-v1-5/stable-diffusion-v1-5"]
+
+
+def test_what_is_no_base_is_refused(narrow_base, tmp_path):
+    with pytest.raises(UserError, match="is no folder"):
+        load_bundle("./nowhere")
+    with pytest.raises(UserError, match="model_index.json is missing"):
+        load_bundle(str(tmp_path))
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_bundle(str(tmp_path))
+    (tmp_path / "text_encoder_2").mkdir()
+    with pytest.raises(UserError, match="two text encoders"):
+        load_bundle(str(tmp_path))
+
+
+def test_inpaint_unets_are_refused(narrow_base, tmp_path):
+    folder = tmp_path / "nine"
+    shutil.copytree(narrow_base, folder)
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "in_channels": 9}))
+    with pytest.raises(UserError, match=r"takes 9 channels|could not be loaded"):
+        load_bundle(str(folder))
+
+
+def test_encoding_and_decoding_agree_with_the_autoencoder(pipe):
+    bundle = pipe.bundle
+    image = torch.rand((1, 3, 64, 64), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    scale = bundle.vae.config.scaling_factor
+    posterior = bundle.vae.encode(image).latent_dist
+    torch.testing.assert_close(bundle.encode_image(image), posterior.mode() * scale)
+    rng = torch.Generator().manual_seed(5)
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(5))
+    drawn = bundle.encode_image(image, rng)
+    torch.testing.assert_close(drawn, (posterior.mean + posterior.std * noise) * scale)
+    decoded = bundle.decode(posterior.mode() * scale)
+    expected = (bundle.vae.decode(posterior.mode()).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(decoded, expected)
+
+
+def test_long_prompts_are_cut_and_differ_from_empty_ones(pipe):
+    text = pipe.bundle.text
+    vectors = text.encode(["", "red circle", "red circle " * 200])
+    assert vectors.shape == (3, text.length, 128)
+    assert not torch.allclose(vectors[0], vectors[1])
+
+
+def test_encoders_that_want_padding_masked_get_it(pipe, monkeypatch):
+    text = pipe.bundle.text
+    plain = text.encode(["red circle"])
+    monkeypatch.setattr(text.encoder.config, "use_attention_mask", True, raising=False)
+    assert not torch.allclose(plain, text.encode(["red circle"]))

@@ -1,0 +1,92 @@
+"""Checkpoints are whole or not there, and resume finds the newest whole one."""
+
+import pytest
+import torch
+
+from controlfill.errors import UserError
+from controlfill.files import write_json
+from controlfill.training.checkpoint import (
+    STATE,
+    checkpoints_of,
+    find_resume,
+    flatten_optimizer,
+    is_whole,
+    load_optimizer,
+    prune,
+)
+
+
+def make(folder, size=5, said=None):
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(b"x" * size)
+    write_json(folder / STATE, {"files": {"weights": size if said is None else said}})
+    return folder
+
+
+def test_whole_means_every_file_at_its_size(tmp_path):
+    assert is_whole(make(tmp_path / "a"))
+    assert not is_whole(make(tmp_path / "b", said=6))
+    (tmp_path / "a" / "weights").unlink()
+    assert not is_whole(tmp_path / "a")
+    assert not is_whole(tmp_path / "none")
+
+
+def test_checkpoints_are_ordered_by_step_and_broken_ones_left_out(tmp_path):
+    for step in (20, 100, 3):
+        make(tmp_path / f"checkpoint-{step}")
+    make(tmp_path / "checkpoint-500", said=1)
+    make(tmp_path / "checkpoint-old")
+    assert [p.name for p in checkpoints_of(tmp_path)] == [
+        "checkpoint-3", "checkpoint-20", "checkpoint-100",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("limit", "left"), [(None, 4), (2, 2), (1, 1), (0, 1)])
+def test_pruning_keeps_the_newest(tmp_path, limit, left):
+    for step in range(4):
+        make(tmp_path / f"checkpoint-{step}")
+    prune(tmp_path, limit)
+    assert [p.name for p in checkpoints_of(tmp_path)] == [
+        f"checkpoint-{step}" for step in range(4 - left, 4)
+    ]
+
+
+def test_latest_is_the_newest_whole_one_of_the_newest_run_that_has_one(tmp_path):
+    assert find_resume("latest", tmp_path) is None
+    make(tmp_path / "controlnet_inpainting_20260101_000000" / "checkpoint-8")
+    run = tmp_path / "controlnet_inpainting_20260202_000000"
+    newest = make(run / "checkpoint-4")
+    make(run / "checkpoint-6", said=1)
+    (run / ".tmp-checkpoint-6-x").mkdir()
+    (tmp_path / "controlnet_inpainting_20260303_000000" / "logs").mkdir(parents=True)
+    assert find_resume("latest", tmp_path) == newest
+    assert not (run / ".tmp-checkpoint-6-x").exists()
+    assert find_resume(str(run), tmp_path) == newest
+    assert find_resume(str(newest), tmp_path) == newest
+
+
+def test_a_path_without_a_whole_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        find_resume(str(tmp_path), tmp_path)
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        find_resume(str(tmp_path / "none"), tmp_path)
+
+
+def test_the_optimizer_comes_back():
+    def trained():
+        torch.manual_seed(0)
+        network = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+        for _ in range(3):
+            network(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+        return network, optimizer
+
+    network, optimizer = trained()
+    other, fresh = trained()[0], None
+    fresh = torch.optim.AdamW(other.parameters(), lr=0.5, fused=True)
+    load_optimizer(fresh, flatten_optimizer(optimizer))
+    assert fresh.param_groups[0]["lr"] == 0.5
+    for a, b in zip(optimizer.state.values(), fresh.state.values(), strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in ("step", "exp_avg", "exp_avg_sq"))
+    assert network is not other

@@ -1,0 +1,352 @@
+"""Runs: the output tree, exact resume, every option turned on, mistakes in one line."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, final_weights, same_weights
+from PIL import Image
+from safetensors.torch import load_file
+
+from controlfill.data.hints import HINTS
+from controlfill.data.sample import Sample
+from controlfill.errors import UserError
+from controlfill.models.controlnet import read_control_header
+from controlfill.options import TrainOptions
+from controlfill.training.run import Places, count_steps, train
+
+
+def finish(options, source=None):
+    """Train to the end; the losses of all steps."""
+    return [float(step.loss) for step in train(options, source)]
+
+
+def stop_after(options, steps):
+    """Train and walk away after some steps, as a crash would."""
+    for step in train(options):
+        if step.index == steps:
+            return
+
+
+def test_the_output_tree(small_run):
+    losses = finish(replace(small_run, log_images_steps=2))
+    assert len(losses) == 4
+    assert all(np.isfinite(losses))
+    (run,) = small_run.output_dir.iterdir()
+    assert sorted(p.name for p in run.iterdir()) == [
+        "checkpoint-2", "checkpoint-4", "config.yaml", "final_model", "logs",
+    ]  # fmt: skip
+    assert {p.name for p in (run / "checkpoint-2").iterdir()} == {
+        "config.json", "diffusion_pytorch_model.safetensors", "optimizer.safetensors", "state.json",
+    }  # fmt: skip
+    assert {p.name for p in (run / "final_model").iterdir()} == {
+        "config.json", "controlnet.safetensors", "diffusion_pytorch_model.safetensors",
+    }  # fmt: skip
+    with Image.open(run / "logs" / "panels.png") as panels:
+        assert panels.size == (5 * 68 + 4, 4 * 68 + 4)
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["batch_size"] == 2
+    assert saved["pretrained_model_name_or_path"] == "embedded"
+    header = read_control_header(run / "final_model" / "controlnet.safetensors")
+    assert (header.conditioning, header.base, header.step) == ("masked-image/1", "embedded", 4)
+
+
+def test_tensorboard_shows_scalars_and_panels(small_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    finish(replace(small_run, log_images_steps=4))
+    (run,) = small_run.output_dir.iterdir()
+    events = EventAccumulator(str(run / "logs"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "train/loss", "train/lr", "train/grad_norm", "train/images_per_second", "train/memory_gb",
+    }  # fmt: skip
+    assert [e.step for e in events.Scalars("train/loss")] == [2, 4]
+    assert events.Scalars("train/memory_gb")[0].value > 0.05
+    assert events.Tags()["images"] == ["panels"]
+
+
+FULL = {
+    "gradient_accumulation_steps": 2, "ema_decay": 0.9, "lr_warmup_steps": 2, "max_steps": 5,
+    "lr_scheduler": "cosine", "max_grad_norm": 0.5, "proportion_empty_prompts": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_interrupted_and_resumed_equals_uninterrupted(small_run, tmp_path, stop):
+    options = replace(small_run, **FULL, save_steps=1)
+    whole = replace(options, output_dir=tmp_path / "whole")
+    losses = finish(whole)
+    stop_after(options, stop)
+    rest = finish(replace(options, resume_from_checkpoint="latest"))
+    assert rest == losses[-len(rest) :]
+    assert same_weights(final_weights(options.output_dir), final_weights(whole.output_dir))
+
+
+def test_the_number_of_workers_changes_nothing(small_run, tmp_path):
+    finish(small_run)
+    other = replace(small_run, num_workers=2, output_dir=tmp_path / "other")
+    finish(other)
+    assert same_weights(final_weights(small_run.output_dir), final_weights(other.output_dir))
+
+
+def test_other_seeds_learn_other_weights(small_run, tmp_path):
+    finish(small_run)
+    other = replace(small_run, seed=1, output_dir=tmp_path / "other")
+    finish(other)
+    assert not same_weights(final_weights(small_run.output_dir), final_weights(other.output_dir))
+
+
+def test_killed_with_9_and_resumed_equals_uninterrupted(small_run, tmp_path):
+    """A real process, really killed while it trains, really started again."""
+    command = [
+        sys.executable, str(ROOT / "train.py"), "--image_dir", "world:shapes",
+        "--pretrained_model_name_or_path", "embedded", "--image_size", "64", "--batch_size", "2",
+        "--max_steps", "12", "--save_steps", "3", "--log_steps", "1", "--num_workers", "1",
+        "--learning_rate", "1e-3", "--log_images_steps", "0",
+    ]  # fmt: skip
+    out = tmp_path / "killed"
+    process = subprocess.Popen([*command, "--output_dir", str(out)], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("*/checkpoint-*/state.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not list(out.glob("*/final_model"))
+    again = [*command, "--output_dir", str(out), "--resume_from_checkpoint", "latest"]
+    assert subprocess.run(again, cwd=ROOT, check=False).returncode == 0
+    whole = [*command, "--output_dir", str(tmp_path / "whole")]
+    assert subprocess.run(whole, cwd=ROOT, check=False).returncode == 0
+    assert same_weights(final_weights(out), final_weights(tmp_path / "whole"))
+
+
+def test_latest_without_any_checkpoint_starts_from_the_beginning(small_run, caplog):
+    with caplog.at_level(logging.WARNING):
+        finish(replace(small_run, max_steps=1, resume_from_checkpoint="latest"))
+    assert "starting from the beginning" in caplog.text
+    assert len(list(small_run.output_dir.iterdir())) == 1
+
+
+def test_a_finished_run_resumed_says_the_same(small_run):
+    finish(small_run)
+    before = final_weights(small_run.output_dir)
+    assert finish(replace(small_run, resume_from_checkpoint="latest")) == []
+    assert same_weights(before, final_weights(small_run.output_dir))
+
+
+def test_resuming_with_other_options_is_said_and_another_conditioning_refused(small_run, caplog):
+    finish(small_run)
+    more = replace(small_run, max_steps=5, learning_rate=1e-4, resume_from_checkpoint="latest")
+    with caplog.at_level(logging.WARNING):
+        assert len(finish(more)) == 1
+    assert "learning_rate 0.001 -> 0.0001" in caplog.text
+    assert "max_steps" not in caplog.text
+    with pytest.raises(UserError, match="resume with --conditioning masked-image"):
+        finish(replace(more, conditioning="masked-image+mask"))
+
+
+def test_the_average_is_what_final_model_holds(small_run):
+    finish(replace(small_run, ema_decay=0.9))
+    (run,) = small_run.output_dir.iterdir()
+    average = load_file(run / "checkpoint-4" / "ema.safetensors")
+    last = load_file(run / "checkpoint-4" / "diffusion_pytorch_model.safetensors")
+    final = final_weights(small_run.output_dir)
+    assert same_weights(final, average)
+    assert not same_weights(final, last)
+
+
+def test_checkpoints_are_limited(small_run):
+    finish(replace(small_run, save_steps=1, checkpoints_total_limit=2))
+    (run,) = small_run.output_dir.iterdir()
+    assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("name", sorted(HINTS))
+def test_every_conditioning_trains_and_fills(name, small_run, photo, hole):
+    from controlfill.inference.complete import inpaint
+    from controlfill.inference.pipeline import load
+    from controlfill.options import SampleOptions
+
+    finish(replace(small_run, conditioning=name, max_steps=1))
+    pipeline = load(control=str(next(small_run.output_dir.iterdir())), device="cpu")
+    assert pipeline.spec.name == name
+    result = inpaint(pipeline, photo, hole, SampleOptions(num_inference_steps=1))
+    np.testing.assert_array_equal(result.image[hole == 0], photo[hole == 0])
+
+
+def test_bf16_trains_close_to_fp32(small_run, tmp_path):
+    exact = finish(small_run)
+    half = finish(replace(small_run, mixed_precision="bf16", output_dir=tmp_path / "half"))
+    assert half != exact
+    np.testing.assert_allclose(half, exact, rtol=0.1)
+    assert all(w.dtype == torch.float32 for w in final_weights(tmp_path / "half").values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_grad_norm": 1e-3}, {"lr_warmup_steps": 3}, {"lr_scheduler": "linear"},
+        {"adam_weight_decay": 10.0}, {"random_flip": True}, {"mask_kinds": ("full",)},
+        {"mask_area": (0.5, 0.6)}, {"gradient_accumulation_steps": 2}, {"batch_size": 3},
+        {"proportion_empty_prompts": 1.0}, {"learning_rate": 1e-4},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_every_option_changes_what_is_learned(small_run, tmp_path, change):
+    finish(small_run)
+    other = replace(small_run, **change, output_dir=tmp_path / "other")
+    finish(other)
+    assert not same_weights(final_weights(small_run.output_dir), final_weights(other.output_dir))
+
+
+def test_crops_are_centred_when_asked(small_run, tmp_path):
+    wide = np.zeros((64, 256, 3), np.uint8)
+    wide[:, 96:160] = 200
+    (tmp_path / "i").mkdir()
+    Image.fromarray(wide).save(tmp_path / "i" / "x.png")
+    options = replace(small_run, image_dir=str(tmp_path / "i"), max_steps=1)
+    finish(replace(options, crop="center"))
+    finish(replace(options, output_dir=tmp_path / "other"))
+    assert not same_weights(
+        final_weights(options.output_dir), final_weights(tmp_path / "other")
+    )
+
+
+def test_given_weights_are_the_start(small_run, tmp_path):
+    finish(small_run)
+    start = str(next(small_run.output_dir.iterdir()) / "final_model")
+    more = replace(
+        small_run, controlnet_model_name_or_path=start, learning_rate=0.0, max_steps=1,
+        output_dir=tmp_path / "more",
+    )  # fmt: skip
+    finish(more)
+    assert same_weights(final_weights(small_run.output_dir), final_weights(more.output_dir))
+    with pytest.raises(UserError, match="was trained with conditioning masked-image/1"):
+        finish(replace(more, conditioning="masked-image+mask"))
+
+
+class Mine:
+    """The documented interface for one's own data."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        if index == 2:
+            raise UserError("my picture 2 is broken")
+        image = np.full((80, 70, 3), 40 * index, np.uint8)
+        return Sample(image=image, prompt=f"grey {index}", name=str(index))
+
+
+def test_own_data_by_the_interface_and_broken_pictures_named(small_run, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert len(finish(replace(small_run, max_steps=6), Mine())) == 6
+    assert caplog.text.count("skipped: my picture 2 is broken") == 1
+    assert "1 pictures were skipped" in caplog.text
+
+
+def test_a_narrow_sd15_trains_a_step_and_infers(small_run, narrow_base, photo, hole):
+    from controlfill.inference.complete import inpaint
+    from controlfill.inference.pipeline import load
+    from controlfill.options import SampleOptions
+
+    finish(replace(small_run, pretrained_model_name_or_path=str(narrow_base), max_steps=1))
+    pipeline = load(control=str(next(small_run.output_dir.iterdir())), device="cpu")
+    assert pipeline.bundle.prediction_type == "epsilon"
+    result = inpaint(pipeline, photo, hole, SampleOptions(num_inference_steps=2, scheduler="unipc"))
+    np.testing.assert_array_equal(result.image[hole == 0], photo[hole == 0])
+
+
+def test_coco_trains(small_run, coco, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("CONTROLFILL_CACHE", str(tmp_path / "cache"))
+    ann = json.loads((coco / "annotations" / "instances_train2017.json").read_text())
+    ann["images"].append({**ann["images"][0], "id": 1, "file_name": "absent.jpg"})
+    (tmp_path / "ann.json").write_text(json.dumps(ann))
+    with caplog.at_level(logging.WARNING):
+        losses = finish(
+            replace(
+                small_run, image_dir=str(coco / "train2017"), ann_file=tmp_path / "ann.json",
+                captions_file=coco / "annotations" / "captions_train2017.json", max_steps=2,
+            )
+        )  # fmt: skip
+    assert len(losses) == 2
+    assert "1 annotated pictures are absent and left out: absent.jpg" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"image_size": 50}, "needs a multiple of 16; 48 would do"),
+        ({"batch_size": 0}, "--batch_size is 0; at least 1"),
+        ({"ema_decay": 1.5}, "are shares between 0 and 1"),
+        ({"image_dir": "nowhere"}, "is no folder"),
+        ({"pretrained_model_name_or_path": "./nowhere"}, "is no folder"),
+        ({"controlnet_model_name_or_path": "nowhere"}, "does not exist"),
+        ({"resume_from_checkpoint": "nowhere"}, "holds no whole checkpoint"),
+        ({"mask_kinds": ("blob",)}, "no mask kind"),
+        ({"learning_rate": 1e30}, "the loss became (nan|inf)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_mistakes_are_one_line(small_run, change, words):
+    with pytest.raises(UserError, match=words) as caught:
+        finish(replace(small_run, **{"save_steps": 50, **change}))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_network_is_never_saved(small_run):
+    with pytest.raises(UserError, match="the loss became"):
+        finish(replace(small_run, learning_rate=1e30, log_steps=100, save_steps=4))
+    assert not list(small_run.output_dir.glob("*/checkpoint-*"))
+    assert not list(small_run.output_dir.glob("*/final_model"))
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(small_run, monkeypatch):
+    from controlfill.training import checkpoint
+
+    save_file, calls = checkpoint.save_file, []
+
+    def full(*arguments, **options):
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        return save_file(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="the disk is full.*checkpoint-4"):
+        finish(small_run)
+    (run,) = small_run.output_dir.iterdir()
+    assert [p.name for p in run.glob("*checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    assert len(finish(replace(small_run, resume_from_checkpoint="latest"))) == 2
+
+
+def test_no_two_processes_see_the_same_pictures():
+    options = TrainOptions(image_dir="x", batch_size=3)
+    ranks = [
+        [p for places in Places(24, options, rank, 2).between(0, 4) for p in places]
+        for rank in range(2)
+    ]
+    assert len(ranks[0]) == len(ranks[1]) == 12
+    assert sorted(ranks[0] + ranks[1]) == [(0, i) for i in range(24)]
+    later = [p for places in Places(24, options, 1, 2).between(2, 4) for p in places]
+    assert later == ranks[1][6:]
+    odd = [p for places in Places(5, options, 0, 1).between(0, 5) for p in places]
+    assert sorted(odd) == sorted((epoch, i) for epoch in range(3) for i in range(5))
+
+
+def test_epochs_become_steps():
+    options = TrainOptions(image_dir="x", batch_size=4, num_epochs=3, gradient_accumulation_steps=2)
+    assert count_steps(options, 80, 1) == 30
+    assert count_steps(options, 80, 2) == 15
+    assert count_steps(options, 81, 1) == 31
+    assert count_steps(replace(options, max_steps=7), 81, 1) == 7
