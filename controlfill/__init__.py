@@ -3,7 +3,7 @@
     import controlfill
 
     pipe = controlfill.load()                        # the embedded pair, or load(base, control=...)
-    result = controlfill.inpaint(pipe, "photo.jpg", "mask.png", prompt="a red circle")
+    result = pipe.inpaint("photo.jpg", "mask.png", prompt="a red circle")
     result.save("out")
 
     for step in controlfill.train(controlfill.TrainOptions(image_dir="photos")):

@@ -19,8 +19,10 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 
 EMBEDDED = "embedded"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-# Mask kinds drawn with these weights unless told otherwise; "object" needs known objects.
-MASK_KINDS = ("rectangles", "strokes", "object", "lama", "noise", "ellipse", "border")
+# Mask kinds drawn unless told otherwise; where no object is known, strokes stand in for it.
+MASK_KINDS = (
+    "rectangles", "strokes", "object", "object-box", "lama", "noise", "ellipse", "border",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

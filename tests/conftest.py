@@ -1,4 +1,4 @@
-"""What tests share: a narrow SD 1.5 folder made here, the embedded pair, and real COCO if present."""
+"""What tests share: a narrow SD 1.5 made here, the embedded pair, and real COCO if present."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def coco():
 
 @pytest.fixture(scope="session")
 def narrow_base(tmp_path_factory):
-    """A randomly initialised SD 1.5 with all its parts, epsilon prediction, narrow, by diffusers."""
+    """A randomly initialised, narrow SD 1.5 with all its parts, written by diffusers."""
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
     from diffusers import UNet2DConditionModel as UNet
     from transformers import CLIPTextConfig, CLIPTextModel

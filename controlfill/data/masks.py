@@ -161,6 +161,15 @@ def object_mask(
     return dilate(chosen, max(1, round(min(size) * rng.uniform(0.01, 0.04))))
 
 
+def box_around(mask: np.ndarray, margin: int) -> np.ndarray:
+    """The bounding box of the white part, wider by `margin` on each side; tells no outline."""
+    left, top, width, height = cv2.boundingRect(mask)
+    box = np.zeros_like(mask)
+    rows = slice(max(0, top - margin), top + height + margin)
+    box[rows, max(0, left - margin) : left + width + margin] = 255
+    return box
+
+
 def area_of(mask: np.ndarray) -> float:
     """Share of the picture that is white."""
     return float((mask > 0).mean())
@@ -220,15 +229,17 @@ def draw_mask(
 ) -> np.ndarray:
     """A mask of `kind` whose area lies in `area`; only "full" covers all.
 
-    A mixture chooses its kind once, so fitting the area does not shift its odds. A kind that misses the range is drawn again a few times and then grown or shrunk to fit. Kind
-    "object" draws strokes instead where no object fits.
+    A mixture chooses its kind once, so fitting the area does not shift its odds. A kind
+    that misses the range is drawn again a few times and then grown or shrunk to fit. Kinds of
+    objects draw strokes instead where no object fits.
     """
     if kind in MIXTURES:
         parts = MIXTURES[kind]
         kind = tuple(parts)[rng.choice(len(parts), p=tuple(parts.values()))]
-    if kind == "object":
+    if kind in OBJECT_KINDS:
         found = object_mask(objects, size, rng, area)
         if found is not None:
+            found = box_around(found, 0) if kind == "object-box" else found
             return fit_area(found, area, rng)
         kind = "strokes"
     mask = full(size, rng)
@@ -322,4 +333,5 @@ MIXTURES = {
     "dreambooth": {"rectangle": 0.5, "ellipse": 0.5},
 }
 # All that users may name.
-KINDS = ("object", *MASKS, *MIXTURES)
+OBJECT_KINDS = ("object", "object-box")
+KINDS = (*OBJECT_KINDS, *MASKS, *MIXTURES)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import cv2
 import numpy as np
 
+from controlfill.data.masks import box_around
 from controlfill.data.sample import PreparedSource, Sample, collate
 from controlfill.data.sources import WorldSource, make_preparation, open_source
 from controlfill.data.worlds import HELD_OUT, PATTERNED, World
@@ -165,9 +165,10 @@ def measure_objects(
 ) -> None:
     """Mask objects wholly, by a box that does not betray the shape, and judge what comes back."""
     source = WorldSource(world, options.image_size, first=HELD_OUT + OBJECTS_FROM)
+    margin = max(1, options.image_size // 20)
     pictures = [source.picture(index) for index in range(options.num_samples)]
     samples = [
-        Sample(image=p.image, mask=box_around(p.object_mask), prompt=p.truth.caption)
+        Sample(image=p.image, mask=box_around(p.object_mask, margin), prompt=p.truth.caption)
         for p in pictures
     ]
 
@@ -181,13 +182,3 @@ def measure_objects(
         if number < SHOWN:
             shown = {"sample": samples[number], "outputs": {OURS: filled}, "verdict": verdict}
             result.shown.append(shown)
-
-
-def box_around(mask: np.ndarray) -> np.ndarray:
-    """The bounding box of `mask`, wider by a twentieth of the picture on each side."""
-    margin = max(1, min(mask.shape) // 20)
-    left, top, width, height = cv2.boundingRect(mask)
-    box = np.zeros_like(mask)
-    rows = slice(max(0, top - margin), top + height + margin)
-    box[rows, max(0, left - margin) : left + width + margin] = 255
-    return box

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,9 +21,12 @@ from controlfill.models.controlnet import (
     load_controlnet,
     read_control_header,
 )
+from controlfill.options import SampleOptions
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
+
+    from controlfill.inference.complete import Result
 
 log = logging.getLogger(__name__)
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -40,6 +43,25 @@ class Pipeline:
     spec: Spec
     control: str | None = None
     lock: Lock = field(default_factory=Lock, repr=False)
+
+    def inpaint(
+        self,
+        image: Any,
+        mask: Any,
+        prompt: str = "",
+        *,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Result:
+        """Fill the white part of `mask` in `image`: paths, PIL pictures, arrays or tensors.
+
+        `options` are those of SampleOptions (seed, guidance_scale, num_inference_steps, feather,
+        ...). Raises UserError when sizes differ or the mask is black, and InterruptedError when
+        `progress` returns False.
+        """
+        from controlfill.inference.complete import inpaint
+
+        return inpaint(self, image, mask, SampleOptions(prompt=prompt, **options), progress)
 
 
 def pick_device(name: str) -> torch.device:

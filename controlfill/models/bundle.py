@@ -97,7 +97,7 @@ class Bundle:
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Bundle:
         """Move the networks; returns the bundle itself."""
         for network in (self.vae, self.unet, self.text.encoder):
-            # The library's own `to` warns about parts that it would keep in float32: there are none.
+            # The library's own `to` warns of parts to be kept in float32, although it has none.
             torch.nn.Module.to(network, device=device, dtype=dtype)
         return self
 

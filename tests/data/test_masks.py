@@ -84,6 +84,19 @@ def test_object_masks_cover_an_object_and_a_rim():
         assert mask[0, 0] == 0
 
 
+def test_object_boxes_tell_no_outline():
+    thing = np.zeros((100, 100), np.uint8)
+    thing[20:60, 40:50] = 255
+    thing[55:60, 20:50] = 255
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        mask = masks.draw_mask("object-box", (100, 100), rng, (0.05, 0.5), lambda: [thing])
+        rows, columns = np.nonzero(mask)
+        assert mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
+        assert mask[thing > 0].all()
+    np.testing.assert_array_equal(np.nonzero(masks.box_around(thing, 3).any(0))[0], range(17, 53))
+
+
 def test_without_a_fitting_object_strokes_are_drawn():
     rngs = [np.random.default_rng(5) for _ in range(2)]
     strokes = masks.draw_mask("strokes", (64, 64), rngs[0])

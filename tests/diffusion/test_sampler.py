@@ -69,7 +69,7 @@ def test_sampling_equals_the_controlnet_pipeline(name, scale, narrow, narrow_bas
 
 
 def test_the_opened_folder_is_the_same_controlnet(narrow, tmp_path):
-    bundle, network = narrow
+    _, network = narrow
     network.save_pretrained(tmp_path)
     again = ControlNetModel.from_pretrained(tmp_path)
     assert torch.equal(again.conv_in.weight, network.conv_in.weight)

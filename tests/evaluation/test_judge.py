@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
+from controlfill.data.masks import box_around
 from controlfill.data.worlds import COLOURS, HELD_OUT, WORLDS
-from controlfill.evaluation.evaluate import box_around
 from controlfill.evaluation.judge import judge
 
 WORLD = WORLDS["shapes"]
@@ -20,7 +20,7 @@ def verdicts(change=lambda picture: (picture.image, picture.truth)):
             (v.colour, v.shape)
             for p in PICTURES
             for image, truth in [change(p)]
-            for v in [judge(image, box_around(p.object_mask), truth, WORLD)]
+            for v in [judge(image, box_around(p.object_mask, 3), truth, WORLD)]
         ]
     )
 
@@ -93,5 +93,5 @@ def test_no_to_noise_in_the_right_colour():
 
 def test_an_object_outside_the_hole_does_not_count():
     for picture in PICTURES[:20]:
-        elsewhere = 255 - box_around(picture.object_mask)
+        elsewhere = 255 - box_around(picture.object_mask, 3)
         assert not judge(picture.image, elsewhere, picture.truth, WORLD).shape

@@ -70,9 +70,7 @@ def test_seed_prompt_guidance_and_control_change_the_hole(pipe, photo, hole):
         {}, {"seed": 1}, {"prompt": "navy star"}, {"negative_prompt": "red"},
         {"guidance_scale": 1.0}, {"controlnet_conditioning_scale": 0.0},
     ]  # fmt: skip
-    pictures = [
-        inpaint(pipe, photo, hole, SampleOptions(**{**base, **c})).image for c in changes
-    ]
+    pictures = [inpaint(pipe, photo, hole, SampleOptions(**{**base, **c})).image for c in changes]
     again = inpaint(pipe, photo, hole, SampleOptions(**base)).image
     np.testing.assert_array_equal(pictures[0], again)
     assert len({p.tobytes() for p in pictures}) == len(changes)

@@ -29,7 +29,20 @@ def test_the_base_comes_from_the_header(pipe, tmp_path):
 def test_the_public_door_is_the_same():
     assert controlfill.load is load
     with pytest.raises(AttributeError, match="controlfill has no 'lod'"):
-        controlfill.lod
+        _ = controlfill.lod
+
+
+def test_the_python_way_in_is_the_command(pipe, photo, hole):
+    from controlfill.inference.complete import inpaint
+    from controlfill.options import SampleOptions
+
+    ours = pipe.inpaint(photo, hole, "a red star", seed=3, num_inference_steps=2)
+    options = SampleOptions(prompt="a red star", seed=3, num_inference_steps=2)
+    assert (ours.image == inpaint(pipe, photo, hole, options).image).all()
+    with pytest.raises(InterruptedError):
+        pipe.inpaint(photo, hole, num_inference_steps=2, progress=lambda *_: False)
+    with pytest.raises(TypeError, match="sed"):
+        pipe.inpaint(photo, hole, sed=3)
 
 
 def test_another_conditioning_is_an_error(pipe, tmp_path):

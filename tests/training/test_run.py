@@ -216,9 +216,7 @@ def test_crops_are_centred_when_asked(small_run, tmp_path):
     options = replace(small_run, image_dir=str(tmp_path / "i"), max_steps=1)
     finish(replace(options, crop="center"))
     finish(replace(options, output_dir=tmp_path / "other"))
-    assert not same_weights(
-        final_weights(options.output_dir), final_weights(tmp_path / "other")
-    )
+    assert not same_weights(final_weights(options.output_dir), final_weights(tmp_path / "other"))
 
 
 def test_given_weights_are_the_start(small_run, tmp_path):

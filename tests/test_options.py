@@ -1,0 +1,121 @@
+"""The list of options is frozen here: a new flag is a decision, not an accident."""
+
+import dataclasses
+
+import pytest
+
+from controlfill import options as opts
+from controlfill.cli import COMMANDS, read_options
+from controlfill.errors import UserError
+
+DATA = {
+    "ann_file", "captions_file", "mask_dir", "image_size", "crop", "random_flip", "mask_kinds",
+    "mask_area", "seed",
+}  # fmt: skip
+SAMPLE = {
+    "prompt", "negative_prompt", "guidance_scale", "controlnet_conditioning_scale",
+    "num_inference_steps", "scheduler", "seed", "feather", "mixed_precision", "device",
+    "output_dir",
+}  # fmt: skip
+FLAGS = {
+    "demo": {"output_dir", "max_steps", "num_samples", "seed"},
+    "doctor": {"device"},
+    "preview": DATA | {"data", "conditioning", "num_samples", "output"},
+    "mask": {"out", "size", "kind", "area", "text", "seed"},
+    "train": DATA
+    | {
+        "image_dir", "pretrained_model_name_or_path", "controlnet_model_name_or_path",
+        "conditioning", "batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps",
+        "learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm",
+        "ema_decay", "proportion_empty_prompts", "mixed_precision", "output_dir", "save_steps",
+        "checkpoints_total_limit", "log_steps", "log_images_steps", "num_workers",
+        "resume_from_checkpoint",
+    },
+    "inpaint": SAMPLE | {"image", "mask", "control", "base", "conditioning"},
+    "infer": SAMPLE
+    | {
+        "checkpoint_path", "input_image", "input_mask", "pretrained_model_name_or_path",
+        "conditioning",
+    },
+    "evaluate": DATA
+    | {
+        "data", "num_samples", "control", "base", "num_inference_steps", "scheduler",
+        "guidance_scale", "classical", "objects", "eval_batch_size", "device", "output_dir",
+    },
+}  # fmt: skip
+
+
+def test_the_list_of_options_is_frozen():
+    found = {n: {f.name for f in dataclasses.fields(c)} for n, (c, _) in COMMANDS.items()}
+    assert found == FLAGS
+
+
+def test_defaults_are_those_users_know():
+    train = opts.TrainOptions(image_dir="x")
+    assert (train.batch_size, train.num_epochs, train.learning_rate) == (4, 100, 1e-5)
+    assert (train.save_steps, train.log_steps, train.num_workers) == (1000, 50, 4)
+    assert (train.seed, train.image_size, train.mask_area) == (42, 512, (0.1, 0.3))
+    assert train.pretrained_model_name_or_path == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    infer = read_options(
+        opts.InferOptions, "infer",
+        ["--checkpoint_path", "c", "--input_image", "i", "--input_mask", "m"],
+    )  # fmt: skip
+    assert (infer.num_inference_steps, str(infer.output_dir)) == (50, "outputs/inference")
+
+
+def test_yaml_flags_and_hyphens_are_the_same_option(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("image_dir: photos\nbatch_size: 8\nmask_area: [0.2, 0.4]\nmask_kinds: [full]\n")
+    read = read_options(opts.TrainOptions, "train", ["--config", str(file), "--batch-size", "2"])
+    assert (read.image_dir, read.batch_size, read.mask_area) == ("photos", 2, (0.2, 0.4))
+    assert read.mask_kinds == ("full",)
+    again = read_options(opts.TrainOptions, "train", [f"--config={file}"])
+    assert again.batch_size == 8
+
+
+def test_positional_options_may_come_from_yaml(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("image: a.png\nmask: b.png\nfeather: 3\n")
+    read = read_options(opts.InpaintOptions, "inpaint", ["--config", str(file)])
+    assert (str(read.image), read.feather) == ("a.png", 3)
+    words = ["x.png", "--prompt", "cat", "y.png"]
+    read = read_options(opts.InpaintOptions, "inpaint", words)
+    assert (str(read.image), str(read.mask), read.prompt) == ("x.png", "y.png", "cat")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("batchsize: 8", "batchsize is no option; there are: "),
+        ("batch_size: many", "batch_size: .*found 'many'"),
+        ("crop: left", "crop: .*'random' or 'center'"),
+        ("just words", "holds no `option: value` lines"),
+        ("a: [", "can't be read"),
+    ],
+)
+def test_wrong_yaml_is_one_line(tmp_path, text, words):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        read_options(opts.TrainOptions, "train", ["--config", str(file)])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_yaml_is_named():
+    with pytest.raises(UserError, match=r"none\.yaml can't be read"):
+        read_options(opts.TrainOptions, "train", ["--config", "none.yaml"])
+    with pytest.raises(UserError, match="needs the path"):
+        read_options(opts.TrainOptions, "train", ["--config"])
+
+
+def test_options_become_plain_values():
+    values = opts.TrainOptions(image_dir="x").as_dict()
+    assert values["output_dir"] == "outputs"
+    assert values["mask_area"] == [0.1, 0.3]
+    assert values["max_steps"] is None
+
+
+@pytest.mark.parametrize("file", ["embedded_inpaint", "coco_inpaint", "folder_inpaint"])
+def test_shipped_configs_are_read(file):
+    read = read_options(opts.TrainOptions, "train", ["--config", f"configs/{file}.yaml"])
+    assert read.image_dir
