@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import tyro
 from rich.console import Console
@@ -38,12 +38,29 @@ def run(argv: Sequence[str]) -> int:
         return fail(f"no command is called {name!r}; there are: {', '.join(COMMANDS)}")
     cls, command = COMMANDS[name]
     try:
-        command(read_options(cls, name, arguments))
-    except (UserError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        options = read_options(cls, name, arguments)
+        opts.check_numbers(options)
+        command(options)
+    except (UserError, OSError) as error:
         return fail(" ".join(str(error).split()))
     except KeyboardInterrupt:
         return fail("interrupted; checkpoints saved before are untouched", 130)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return fail(
+            "out of memory; use smaller pictures, a smaller --batch_size or --image_size, or "
+            f"--mixed_precision bf16 ({' '.join(str(error).split())[:120]})"
+        )
     return 0
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on the CPU or a GPU, told without importing torch."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(
+        error
+    )
 
 
 def fail(message: str, code: int = 2) -> int:
@@ -84,7 +101,6 @@ def read_options(cls: type[Any], name: str, arguments: list[str]) -> Any:
         prog=f"controlfill {name}",
         args=arguments,
         default=default,
-        config=(tyro.conf.FlagCreatePairsOff,),
         use_underscores=True,
     )
 
@@ -117,6 +133,8 @@ def read_config(cls: type[Any], file: str) -> dict[str, Any]:
     for key, value in values.items():
         if key not in types:
             raise UserError(f"{file}: {key} is no option; there are: {', '.join(types)}")
+        if value is False and "no" in get_args(types[key]):
+            value = "no"  # noqa: PLW2901  (an unquoted no means false in YAML)
         try:
             checked[key] = TypeAdapter(types[key]).validate_python(value)
         except ValidationError as error:
@@ -128,7 +146,6 @@ def read_config(cls: type[Any], file: str) -> dict[str, Any]:
 
 def quiet_libraries() -> None:
     """Let our own log lines through and keep the libraries' chatter away."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
@@ -147,8 +164,13 @@ def progress_bar() -> Iterator[Progress]:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("ETA"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=ERR) as bar:
+    with Progress(*columns, console=ERR, disable=not is_first_process()) as bar:
         yield bar
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that speaks, of the several that a launcher may have started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def train(options: opts.TrainOptions) -> None:
@@ -156,25 +178,19 @@ def train(options: opts.TrainOptions) -> None:
     quiet_libraries()
     from controlfill.training.run import train as train_steps
 
-    last = None
+    steps = 0
     with progress_bar() as bar:
         task = bar.add_task("training", total=None)
         for step in train_steps(options):
-            last = step
+            steps += 1
             text = None
             if step.index % options.log_steps == 0 or step.index == step.total:
                 text = f"loss {float(step.loss):.4f} lr {step.learning_rate:.1e}"
-                if not ERR.is_terminal:
+                if not ERR.is_terminal and is_first_process():
                     say(f"step {step.index}/{step.total} {text}")
             bar.update(task, completed=step.index, total=step.total, description=text)
-    if last is None:
+    if not steps:
         say("nothing left to train: the checkpoint already has all its steps")
-    say(f"the trained ControlNet is in {newest_run(options.output_dir)}/final_model")
-
-
-def newest_run(output_dir: Path) -> Path:
-    """The run that was written last."""
-    return max(output_dir.glob("controlnet_inpainting_*"), key=lambda p: p.stat().st_mtime)
 
 
 def inpaint(options: opts.InpaintOptions) -> None:
@@ -185,7 +201,7 @@ def inpaint(options: opts.InpaintOptions) -> None:
     from controlfill.inference.pipeline import load
 
     photo = open_image(options.image)
-    as_mask(open_image(options.mask), photo.size)  # mistakes are said before the models are loaded
+    hole = as_mask(open_image(options.mask), photo.size)
     pipeline = load(
         options.base,
         options.control,
@@ -196,7 +212,7 @@ def inpaint(options: opts.InpaintOptions) -> None:
     with progress_bar() as bar:
         task = bar.add_task("sampling", total=options.num_inference_steps)
         result = complete(
-            pipeline, photo, open_image(options.mask), options,
+            pipeline, photo, hole, options,
             lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     say(f"wrote {result.save(options.output_dir)}")
@@ -244,7 +260,9 @@ def evaluate(options: opts.EvaluateOptions) -> None:
     from controlfill.evaluation.report import write_report
     from controlfill.inference.pipeline import load
 
-    pipeline = load(options.base, options.control, device=options.device)
+    pipeline = load(
+        options.base, options.control, conditioning=options.conditioning, device=options.device
+    )
     with reporting() as report:
         result = measure(pipeline, options, report)
     summary = result.summary()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import tempfile
 import time
@@ -29,7 +30,7 @@ def examine(device: str) -> Iterator[str]:
     place = pick_device(device)
     yield f"device {place}: {describe(place)}"
     yield f"free disk space here: {free_gb(Path.cwd()):.1f} GB"
-    yield smoke_train()
+    yield smoke_train(place)
     yield smoke_inpaint(device)
     yield "all is well"
 
@@ -58,8 +59,10 @@ def free_gb(folder: Path) -> float:
     return shutil.disk_usage(folder).free / 1e9
 
 
-def smoke_train() -> str:
+def smoke_train(place: torch.device) -> str:
     """One training step on the embedded base."""
+    if place.type == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     with tempfile.TemporaryDirectory() as folder:
         options = TrainOptions(
             image_dir="world:shapes",

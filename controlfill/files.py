@@ -37,8 +37,8 @@ def refuse_full_disk(path: Path) -> Iterator[None]:
 def write_whole(path: str | Path, data: bytes) -> None:
     """Write `data` to `path` through a temporary file beside it, fsync, rename."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with refuse_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -66,6 +66,7 @@ def write_folder(path: str | Path) -> Iterator[Path]:
         with refuse_full_disk(path):
             yield temporary
             for file in sorted(temporary.rglob("*")):
+                os.chmod(file, 0o755 if file.is_dir() else 0o644)
                 _fsync(file)
             os.chmod(temporary, 0o755)
             _swap(temporary, path)
@@ -79,8 +80,14 @@ def _swap(new: Path, path: Path) -> None:
     old = Path(tempfile.mkdtemp(prefix=f".tmp-{path.name}-", dir=path.parent))
     if path.exists():
         os.replace(path, old / path.name)
-    os.replace(new, path)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        os.replace(new, path)
+    except OSError:
+        if (old / path.name).exists():
+            os.replace(old / path.name, path)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:
@@ -123,5 +130,5 @@ def read_header(path: str | Path) -> dict[str, str]:
             if length > 100_000_000:
                 raise ValueError("its header is longer than 100 MB")
             return json.loads(file.read(length)).get("__metadata__", {})
-    except (OSError, ValueError, struct.error) as error:
+    except (OSError, ValueError, AttributeError, struct.error) as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from error

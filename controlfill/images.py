@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from controlfill.errors import UserError
 from controlfill.files import write_whole
@@ -26,6 +26,16 @@ SETTINGS_KEY = "controlfill"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 # Hundreds of megapixels are a decompression bomb more often than a photograph.
 Image.MAX_IMAGE_PIXELS = 400_000_000
+ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +66,22 @@ def open_image(source: str | Path | bytes, at_least: int | None = None) -> Photo
             with Image.open(io.BytesIO(data)) as picture:
                 if at_least:
                     _draft(picture, at_least)
-                return photo_of(ImageOps.exif_transpose(picture))
+                return photo_of(upright(picture))
     except UnidentifiedImageError as error:
         raise UserError(f"{name} is not a picture; PNG, JPEG or WebP would be") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{name} is too large: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # decoders raise anything for damaged bytes, MemoryError too
         raise UserError(f"{name} is a broken picture ({error}); export it again") from error
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF orientation asks; an unreadable EXIF asks for nothing."""
+    try:
+        turn = TURNS.get(picture.getexif().get(ORIENTATION, 1))
+    except Exception:  # damaged metadata raises anything, and is no reason to refuse good pixels
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -112,7 +131,7 @@ def as_photo(picture: Any) -> Photo:
     if isinstance(picture, (str, Path, bytes)):
         return open_image(picture)
     if isinstance(picture, Image.Image):
-        return photo_of(ImageOps.exif_transpose(picture))
+        return photo_of(upright(picture))
     array = _bytes_of(_as_array(picture))
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
@@ -153,7 +172,10 @@ def as_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
             f"the mask is {columns}x{rows} but the picture is {width}x{height}; "
             "resize one of them so that they agree"
         )
-    values = np.where(photo.rgb.mean(axis=2) > 127.5, 255, 0).astype(np.uint8)
+    grey = photo.rgb.mean(axis=2)
+    # Masks of 0 and 1 are common in segmentation data; no picture means its darkest greys by them.
+    threshold = 127.5 if grey.max() > 1 else 0.5
+    values = np.where(grey > threshold, 255, 0).astype(np.uint8)
     if not values.any():
         raise UserError("the mask is all black, so there is nothing to fill; paint the hole white")
     return values
@@ -168,7 +190,7 @@ def save_image(
     """Write uint8 (H, W, 3) or (H, W) as PNG, whole or not at all, with `settings` as metadata."""
     info = PngImagePlugin.PngInfo()
     if settings is not None:
-        info.add_itxt(SETTINGS_KEY, json.dumps(settings, ensure_ascii=False, default=str))
+        info.add_itxt(SETTINGS_KEY, json.dumps(settings, default=str))
     stacked = rgb if alpha is None else np.dstack([rgb, alpha])
     buffer = io.BytesIO()
     Image.fromarray(stacked).save(buffer, "PNG", pnginfo=info)

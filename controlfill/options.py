@@ -12,12 +12,23 @@ from typing import Any, Literal, get_type_hints
 
 from tyro.conf import Positional
 
+from controlfill.errors import UserError
+
 SpecName = Literal["masked-image", "masked-image+mask", "masked-latent+mask"]
 SchedulerName = Literal["ddim", "ddpm", "unipc", "dpm++2m", "euler"]
 Precision = Literal["no", "fp16", "bf16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
-EMBEDDED = "embedded"
+# The least value of options that are numbers, by name: the same name means the same everywhere.
+LEAST = {
+    "seed": 0, "num_workers": 0, "learning_rate": 0, "lr_warmup_steps": 0, "adam_weight_decay": 0,
+    "max_grad_norm": 0, "log_images_steps": 0, "feather": 0, "guidance_scale": 0,
+    "controlnet_conditioning_scale": 0, "batch_size": 1, "eval_batch_size": 1,
+    "gradient_accumulation_steps": 1, "num_epochs": 1, "max_steps": 1, "save_steps": 1,
+    "log_steps": 1, "checkpoints_total_limit": 1, "num_inference_steps": 1, "num_samples": 1,
+    "image_size": 8,
+}  # fmt: skip
+SHARES = {"ema_decay": (0, 0.999999), "proportion_empty_prompts": (0, 1)}
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # Mask kinds drawn unless told otherwise; where no object is known, strokes stand in for it.
 MASK_KINDS = (
@@ -38,6 +49,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value
+
+
+def check_numbers(options: Options) -> None:
+    """Raise UserError for the first number that can't be meant."""
+    for name, least in LEAST.items():
+        value = getattr(options, name, None)
+        if value is not None and value < least:
+            raise UserError(f"--{name} is {value}; at least {least} is needed")
+    for name, (low, high) in SHARES.items():
+        value = getattr(options, name, low)
+        if not low <= value <= high:
+            raise UserError(f"--{name} is {value}; it lies between {low} and {high}")
 
 
 def field_types(cls: type[Any]) -> dict[str, Any]:
@@ -99,7 +122,7 @@ class TrainOptions(DataOptions):
     adam_weight_decay: float = 0.01
     """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients are scaled down to this norm; 0 leaves them alone."""
     ema_decay: float = 0.0
     """Decay of the averaged weights that final_model then holds; 0 keeps no average."""
     proportion_empty_prompts: float = 0.0
@@ -142,6 +165,14 @@ class SampleOptions(Options):
     """Seed of the noise."""
     feather: int = 0
     """Pixels around the hole over which old and new blend; 0 leaves each known pixel alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillOptions(SampleOptions):
+    """What the filling commands share: how to sample, where to compute, where to write."""
+
+    conditioning: SpecName | None = None
+    """What the ControlNet was trained with; only for foreign weights, which don't say."""
     mixed_precision: Precision = "no"
     """Number format of the networks."""
     device: Device = "auto"
@@ -151,7 +182,7 @@ class SampleOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InpaintOptions(SampleOptions):
+class InpaintOptions(FillOptions):
     """Fill the white part of MASK in IMAGE; writes inpainted.png and comparison.png."""
 
     image: Positional[Path]
@@ -162,12 +193,10 @@ class InpaintOptions(SampleOptions):
     """ControlNet: checkpoint folder, final_model, diffusers folder, .safetensors, or `embedded`."""
     base: str | None = None
     """The base; otherwise the one the ControlNet was trained on."""
-    conditioning: SpecName | None = None
-    """What the ControlNet was trained with; only for foreign weights, which don't say."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferOptions(SampleOptions):
+class InferOptions(FillOptions):
     """Fill the white part of a mask with a trained checkpoint."""
 
     checkpoint_path: str
@@ -178,20 +207,17 @@ class InferOptions(SampleOptions):
     """The mask, as large as the picture: white = fill, black = keep."""
     pretrained_model_name_or_path: str | None = None
     """The base; otherwise the one recorded in the checkpoint."""
-    conditioning: SpecName | None = None
-    """What the ControlNet was trained with; only for foreign weights, which don't say."""
     num_inference_steps: int = 50
     """Denoising steps."""
 
     def as_inpaint(self) -> InpaintOptions:
         """The same request in the words of `controlfill inpaint`."""
-        shared = {f.name: getattr(self, f.name) for f in fields(SampleOptions)}
+        shared = {f.name: getattr(self, f.name) for f in fields(FillOptions)}
         return InpaintOptions(
             image=self.input_image,
             mask=self.input_mask,
             control=self.checkpoint_path,
             base=self.pretrained_model_name_or_path,
-            conditioning=self.conditioning,
             **shared,
         )
 
@@ -242,6 +268,8 @@ class EvaluateOptions(DataOptions):
     """ControlNet to measure; the embedded one otherwise."""
     base: str | None = None
     """The base; otherwise the one the ControlNet was trained on."""
+    conditioning: SpecName | None = None
+    """What the ControlNet was trained with; only for foreign weights, which don't say."""
     num_inference_steps: int = 20
     """Denoising steps."""
     scheduler: SchedulerName = "ddim"

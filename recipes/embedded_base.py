@@ -1,6 +1,6 @@
 """Makes the embedded base: autoencoder, then text encoder and UNet, on the world "shapes".
 
-    python recipes/embedded_base.py --work_dir outputs/embedded --vae_steps 2400 --unet_steps 3600
+    python recipes/embedded_base.py --work_dir outputs/embedded
 
 It saves as it goes and goes on where it stopped when the same command is given again. The
 ControlNet beside the base is trained afterwards by the project's own command:
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from controlfill.data.worlds import COLOURS, HELD_OUT, World, open_world, paint
 from controlfill.diffusion.noise import NoiseSchedule
@@ -124,8 +125,15 @@ def half(module: nn.Module, folder: Path) -> None:
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`, made if it is not there: what has learned keeps its numbers."""
+    if (folder / "vocab.json").is_file():
+        return CLIPTokenizer.from_pretrained(folder)
+    return embedded.make_tokenizer(open_world("shapes-full").words(), folder)
+
+
 def train_vae(options: argparse.Namespace, world: World) -> nn.Module:
-    vae = embedded.make_vae().train()
+    vae = embedded.make_vae().train().to(options.device)
     trainee = Trainee({"vae": vae}, options.work_dir / "vae.pt", options.vae_steps, 2e-3)
 
     def loss_of_step(step: int) -> Tensor:
@@ -139,7 +147,6 @@ def train_vae(options: argparse.Namespace, world: World) -> nn.Module:
         kl = posterior.kl().mean() / images[0].numel()
         return error.square().mean() + 0.1 * error.abs().mean() + 1e-4 * kl
 
-    vae.to(options.device)
     trainee.fit(loss_of_step)
     trainee.use_average()
     return vae.eval().requires_grad_(False)
@@ -163,7 +170,7 @@ def encode_world(
     vae: nn.Module, factor: float, options: argparse.Namespace, world: World
 ) -> tuple[Tensor, Tensor]:
     """Latents' mean and deviation of the first `options.pictures` seeds, kept in a file."""
-    file = options.work_dir / "latents.pt"
+    file = options.work_dir / f"latents_{options.world}_{options.size}_{options.pictures}.pt"
     if file.exists():
         return torch.load(file, weights_only=True)
     means, deviations = [], []
@@ -190,18 +197,24 @@ def order(count: int, batch: int, start: int) -> Iterator[Tensor]:
 
 
 def train_unet(
-    options: argparse.Namespace, world: World, latents: tuple[Tensor, Tensor], tokenizer: Any
-) -> tuple[nn.Module, nn.Module]:
-    text_encoder, unet = embedded.make_text_encoder(tokenizer), embedded.make_unet()
-    text_encoder.to(options.device)
-    unet.to(options.device)
-    modules = {"text_encoder": text_encoder, "unet": unet}
-    trainee = Trainee(modules, options.work_dir / "unet.pt", options.unet_steps, options.unet_lr)
+    options: argparse.Namespace,
+    world: World,
+    latents: tuple[Tensor, Tensor],
+    tokenizer: Any,
+    trainee: Trainee,
+    batch: int,
+) -> None:
+    """Teach text encoder and UNet to predict v on the cached latents."""
+    text_encoder, unet = (trainee.modules[name] for name in ("text_encoder", "unet"))
     schedule = NoiseSchedule(dict(embedded.make_scheduler().config))
+    abar = schedule.alphas_cumprod
+    # Below an SNR of 2 the plain loss on v, above it that on x_0: the last details of nearly clean
+    # latents otherwise take most of the gradient, and shapes are decided long before them.
+    weights = (3 * (1 - abar)).clamp(max=1)
     captions = [world.draw(seed, (8, 8)).truth.caption for seed in range(options.pictures)]
     tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids
-    batches = order(options.pictures, options.unet_batch, trainee.step)
+    batches = order(options.pictures, batch, trainee.step)
 
     def loss_of_step(step: int) -> Tensor:
         rng = torch.Generator().manual_seed(step)
@@ -217,11 +230,11 @@ def train_unet(
         with torch.autocast(options.device, torch.bfloat16):
             words = text_encoder(ids).last_hidden_state
             prediction = unet(noisy, timesteps, encoder_hidden_states=words).sample
-        return (prediction.float() - schedule.target(x0, noise, timesteps)).square().mean()
+        errors = (prediction.float() - schedule.target(x0, noise, timesteps)).square()
+        return (errors.mean(dim=(1, 2, 3)) * weights.to(errors.device)[timesteps]).mean()
 
     trainee.fit(loss_of_step)
     trainee.use_average()
-    return text_encoder, unet
 
 
 def read_options() -> argparse.Namespace:
@@ -231,11 +244,14 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--world", default="shapes")
     parser.add_argument("--size", type=int, default=embedded.IMAGE_SIZE)
     parser.add_argument("--pictures", type=int, default=60_000)
-    parser.add_argument("--vae_steps", type=int, default=2400)
+    parser.add_argument("--vae_steps", type=int, default=1800)
     parser.add_argument("--vae_batch", type=int, default=32)
     parser.add_argument("--unet_steps", type=int, default=3600)
     parser.add_argument("--unet_batch", type=int, default=64)
     parser.add_argument("--unet_lr", type=float, default=2e-3)
+    parser.add_argument("--tune_steps", type=int, default=8000)
+    parser.add_argument("--tune_batch", type=int, default=16)
+    parser.add_argument("--tune_lr", type=float, default=1e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     options.out = options.out or options.work_dir / "base"
@@ -248,13 +264,19 @@ def main() -> None:
     options.work_dir.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
     world = open_world(options.world)
-    words = open_world("shapes-full").words()
-    tokenizer = embedded.make_tokenizer(words, options.out / "tokenizer")
+    tokenizer = open_tokenizer(options.out / "tokenizer")
     embedded.make_scheduler().save_pretrained(options.out / "scheduler")
     vae = train_vae(options, world)
     factor = finish_vae(vae, options, world)
     latents = encode_world(vae, factor, options, world)
-    text_encoder, unet = train_unet(options, world, latents, tokenizer)
+    modules = {"text_encoder": embedded.make_text_encoder(tokenizer), "unet": embedded.make_unet()}
+    text_encoder, unet = (module.to(options.device) for module in modules.values())
+    for name, steps, batch, rate in (
+        ("unet", options.unet_steps, options.unet_batch, options.unet_lr),
+        ("tuned", options.tune_steps, options.tune_batch, options.tune_lr),
+    ):
+        trainee = Trainee(modules, options.work_dir / f"{name}.pt", steps, rate)
+        train_unet(options, world, latents, tokenizer, trainee, batch)
     half(text_encoder, options.out / "text_encoder")
     half(unet, options.out / "unet")
     embedded.write_index(options.out)

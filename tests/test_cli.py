@@ -86,6 +86,11 @@ def files(tmp_path, photo, hole, monkeypatch):
         ),
         ("inpaint photo.png mask.png --base nowhere", "needs a --control"),
         ("inpaint photo.png mask.png --num_inference_steps 0", "at least 1 is needed"),
+        ("inpaint photo.png mask.png --num_inference_steps 1001", "lies between 1 and 1000"),
+        ("inpaint photo.png mask.png --num_inference_steps 1 --output_dir mask.png", "mask.png"),
+        ("mask out.png --seed -1", "--seed is -1"),
+        ("preview world:shapes --image_size 0", "--image_size is 0"),
+        ("evaluate --image_size 50", "needs a multiple of 16; 48 would do"),
         ("mask out.png --size 12", "is no size"),
         ("preview empty", "holds no pictures"),
         ("preview nowhere", "is no folder"),
@@ -169,7 +174,7 @@ def test_doctor_finds_all_well(capfd):
     assert out.strip().endswith("all is well")
 
 
-def test_train_shows_loss_and_eta(files, capfd):
+def test_train_shows_loss_and_eta(files, capfd, caplog):
     words = (
         "train --image_dir world:shapes --pretrained_model_name_or_path embedded --image_size 64 "
         "--batch_size 1 --max_steps 2 --log_steps 1 --num_workers 0 --log_images_steps 0 "
@@ -179,7 +184,32 @@ def test_train_shows_loss_and_eta(files, capfd):
     said = capfd.readouterr()
     assert "step 2/2 loss" in said.out
     assert "ETA" in said.err
-    assert said.out.strip().endswith("final_model")
+    assert "the trained ControlNet is in out/controlnet_inpainting_" in caplog.text
+
+
+@pytest.mark.parametrize("error", [MemoryError("big"), RuntimeError("can't allocate memory: big")])
+def test_out_of_memory_says_what_to_make_smaller(monkeypatch, capfd, error):
+    from controlfill import cli
+
+    def hungry(_):
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", (cli.COMMANDS["doctor"][0], hungry))
+    assert run(["doctor"]) == 2
+    assert "out of memory; use smaller pictures" in capfd.readouterr().err
+
+
+def test_only_the_first_process_speaks(files, monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "1")
+    words = (
+        "train --image_dir world:shapes --pretrained_model_name_or_path embedded --image_size 64 "
+        "--batch_size 1 --max_steps 1 --log_steps 1 --num_workers 0 --output_dir out"
+    )
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert run(words.split()) == 0
+    said = capfd.readouterr()
+    assert "step 1/1" not in said.out
+    assert "ETA" not in said.err
 
 
 def test_root_scripts_are_the_commands():

@@ -45,6 +45,31 @@ def test_write_folder_appears_only_when_done(tmp_path):
     assert [p.name for p in target.iterdir()] == ["b"]
 
 
+def test_what_is_written_may_be_read_by_others(tmp_path):
+    with files.write_folder(tmp_path / "c") as folder:
+        (folder / "a").touch(mode=0o600)
+    assert (tmp_path / "c" / "a").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "c").stat().st_mode & 0o777 == 0o755
+
+
+def test_the_old_folder_comes_back_when_the_new_one_cannot_move_in(tmp_path, monkeypatch):
+    with files.write_folder(tmp_path / "c") as folder:
+        (folder / "a").write_text("old")
+    replace, calls = files.os.replace, []
+
+    def second_fails(*names):
+        calls.append(names)
+        if len(calls) == 2:
+            raise OSError(5, "input/output error")
+        replace(*names)
+
+    monkeypatch.setattr(files.os, "replace", second_fails)
+    with pytest.raises(OSError, match="input/output"), files.write_folder(tmp_path / "c"):
+        pass
+    assert (tmp_path / "c" / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
 def test_a_failed_folder_leaves_the_old_one(tmp_path):
     with files.write_folder(tmp_path / "c") as folder:
         (folder / "a").write_text("1")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from controlfill import images
 from controlfill.errors import UserError
@@ -60,6 +60,39 @@ def test_exif_turns_the_picture_upright():
     exif[0x0112] = 6  # turn by 90 degrees clockwise
     photo = images.open_image(encoded(Image.fromarray(GREY), "PNG", exif=exif))
     np.testing.assert_array_equal(photo.rgb[..., 0], np.rot90(GREY, -1))
+
+
+def test_damaged_exif_is_no_reason_to_refuse_good_pixels():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010F] = "maker" * 20
+    data = bytearray(encoded(Image.fromarray(np.dstack([GREY] * 3)), "JPEG", exif=exif))
+    start = data.index(b"Exif")
+    for place in range(start + 6, start + 60):
+        for value in (0, 255):
+            broken = bytes(data[:place]) + bytes([value]) + bytes(data[place + 1 :])
+            assert sorted(images.open_image(broken).size) == [6, 8]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_all_eight_orientations_equal_pillows_own(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(GREY), "PNG", exif=exif)
+    with Image.open(io.BytesIO(data)) as picture:
+        theirs = np.asarray(ImageOps.exif_transpose(picture))
+    np.testing.assert_array_equal(images.open_image(data).rgb[..., 0], theirs)
+
+
+def test_masks_of_0_and_1_count():
+    mask = images.as_mask((GREY > 100).astype(np.uint8), (6, 8))
+    np.testing.assert_array_equal(mask, np.where(GREY > 100, 255, 0))
+
+
+def test_names_that_are_no_utf8_travel_too(tmp_path):
+    settings = {"image": "caf\udce9.png"}
+    path = images.save_image(tmp_path / "x.png", GREY, settings=settings)
+    assert images.read_settings(path) == settings
 
 
 def test_large_jpegs_are_decoded_smaller_but_never_too_small():

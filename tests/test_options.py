@@ -15,7 +15,7 @@ DATA = {
 SAMPLE = {
     "prompt", "negative_prompt", "guidance_scale", "controlnet_conditioning_scale",
     "num_inference_steps", "scheduler", "seed", "feather", "mixed_precision", "device",
-    "output_dir",
+    "output_dir", "conditioning",
 }  # fmt: skip
 FLAGS = {
     "demo": {"output_dir", "max_steps", "num_samples", "seed"},
@@ -31,16 +31,16 @@ FLAGS = {
         "checkpoints_total_limit", "log_steps", "log_images_steps", "num_workers",
         "resume_from_checkpoint",
     },
-    "inpaint": SAMPLE | {"image", "mask", "control", "base", "conditioning"},
+    "inpaint": SAMPLE | {"image", "mask", "control", "base"},
     "infer": SAMPLE
     | {
         "checkpoint_path", "input_image", "input_mask", "pretrained_model_name_or_path",
-        "conditioning",
     },
     "evaluate": DATA
     | {
         "data", "num_samples", "control", "base", "num_inference_steps", "scheduler",
         "guidance_scale", "classical", "objects", "eval_batch_size", "device", "output_dir",
+        "conditioning",
     },
 }  # fmt: skip
 
@@ -71,6 +71,25 @@ def test_yaml_flags_and_hyphens_are_the_same_option(tmp_path):
     assert read.mask_kinds == ("full",)
     again = read_options(opts.TrainOptions, "train", [f"--config={file}"])
     assert again.batch_size == 8
+
+
+def test_an_unquoted_no_is_no_and_flags_keep_their_names(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("image_dir: x\nmixed_precision: no\nrandom_flip: true\n")
+    words = ["--config", str(file)]
+    assert read_options(opts.TrainOptions, "train", words).mixed_precision == "no"
+    assert read_options(opts.TrainOptions, "train", [*words, "--random_flip"]).random_flip
+    assert not read_options(opts.TrainOptions, "train", [*words, "--no_random_flip"]).random_flip
+
+
+def test_numbers_have_their_least_value():
+    checked = {f.name for c, _ in COMMANDS.values() for f in dataclasses.fields(c)}
+    assert set(opts.LEAST) | set(opts.SHARES) <= checked
+    for name, least in opts.LEAST.items():
+        wrong = type("Wrong", (), {name: least - 1})()
+        with pytest.raises(UserError, match=f"--{name} is {least - 1}; at least {least} is needed"):
+            opts.check_numbers(wrong)
+    opts.check_numbers(opts.TrainOptions(image_dir="x"))
 
 
 def test_positional_options_may_come_from_yaml(tmp_path):

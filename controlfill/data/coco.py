@@ -35,8 +35,8 @@ class _Image(msgspec.Struct):
 
 class _Annotation(msgspec.Struct):
     image_id: int
-    segmentation: msgspec.Raw = msgspec.Raw(b"[]")
-    caption: str = ""
+    segmentation: msgspec.Raw = msgspec.Raw(b"")
+    caption: str | None = None
 
 
 class _File(msgspec.Struct):
@@ -86,8 +86,15 @@ def open_index(file: Path) -> Index:
         except (OSError, UserError):
             # A cache that can't be written costs a second at each start, nothing else.
             return index
-    parts = {f.name: np.load(folder / f"{f.name}.npy", mmap_mode="r") for f in fields(Index)}
-    return Index(**parts)
+    try:
+        return Index(**{f.name: _map(folder / f"{f.name}.npy") for f in fields(Index)})
+    except (OSError, ValueError):
+        # Another process may be putting the same index there at this moment.
+        return build_index(file)
+
+
+def _map(file: Path) -> np.ndarray:
+    return np.load(file, mmap_mode="r")
 
 
 def cache_folder(file: Path) -> Path:
@@ -120,13 +127,22 @@ def build_index(file: Path) -> Index:
 
 
 def draw_segmentation(raw: bytes, height: int, width: int) -> np.ndarray:
-    """A segmentation (polygons, or RLE as lists or as text) as a mask uint8 (H, W)."""
-    shape: Any = msgspec.json.decode(raw)
+    """A segmentation (polygons, or RLE as lists or as text) as a mask uint8 (H, W).
+
+    What annotation tools leave behind that encloses nothing is an empty mask.
+    """
+    try:
+        return _draw(msgspec.json.decode(raw), height, width)
+    except Exception:  # the decoder raises anything, bare Exception too, for damaged codes
+        return np.zeros((height, width), np.uint8)
+
+
+def _draw(shape: Any, height: int, width: int) -> np.ndarray:
     if isinstance(shape, dict):
         packed = isinstance(shape["counts"], str)
         unpacked: Any = coco_mask.frPyObjects
         codes: Any = shape if packed else unpacked(shape, height, width)
-    elif shape:
+    elif shape := [polygon for polygon in shape or [] if len(polygon) >= 6]:
         codes = coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
     else:
         return np.zeros((height, width), np.uint8)
@@ -175,4 +191,5 @@ class CocoSource:
         place = self.caption_place.get(int(self.index.ids[image]))
         if self.captions is None or place is None:
             return ()
-        return tuple(text.decode().strip() for text in self.captions.texts(place))
+        texts = (text.decode().strip() for text in self.captions.texts(place))
+        return tuple(text for text in texts if text)

@@ -74,12 +74,13 @@ def check_range(hint: Tensor, mask: Tensor, spec: Spec) -> None:
 
 
 def show_hint(hint: Tensor, spec: Spec) -> np.ndarray:
-    """The pixel part of a hint for people, uint8 (B, H, W, 3), its hole in magenta."""
+    """The pixel part of a hint for people, uint8 (B, H, W, 3), a hole of -1 in magenta."""
     pixels = hint[:, :3].cpu()
+    if spec.at_latent_size:
+        return to_uint8(pixels / 2 + 0.5)
     hole = (pixels == HOLE).all(dim=1, keepdim=True)
-    shown = pixels / 2 + 0.5 if spec.at_latent_size else pixels
     magenta = torch.tensor([1.0, 0.0, 1.0]).view(1, 3, 1, 1)
-    return to_uint8(torch.where(hole, magenta, shown))
+    return to_uint8(torch.where(hole, magenta, pixels))
 
 
 def open_spec(name: str) -> Spec:

@@ -47,37 +47,48 @@ class Source(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """One resize, crop and flip, the same for a picture and all that lies on it."""
+    """One cut, resize and flip, the same for a picture and all that lies on it.
 
-    resized: tuple[int, int]
-    top: int
-    left: int
+    The square of the short side is cut at the share `place` (0 to 1) of what is left over, then
+    resized to `side`: cutting first keeps long thin pictures from growing beyond all memory.
+    """
+
     side: int
+    place: float
     flip: bool
 
     def of_image(self, image: np.ndarray) -> np.ndarray:
         """The (side, side, 3) cut of a picture of any size."""
-        return self._cut(resize(image, self.resized))
+        return resize(self._cut(image), (self.side, self.side))
 
     def of_mask(self, mask: np.ndarray) -> np.ndarray:
         """The (side, side) cut of a mask of any size."""
-        return self._cut(resize_mask(mask, self.resized))
+        return resize_mask(self._cut(mask), (self.side, self.side))
 
     def _cut(self, array: np.ndarray) -> np.ndarray:
-        part = array[self.top : self.top + self.side, self.left : self.left + self.side]
+        short = min(array.shape[:2])
+        top, left = (round(self.place * (length - short)) for length in array.shape[:2])
+        part = array[top : top + short, left : left + short]
         return np.ascontiguousarray(part[:, ::-1] if self.flip else part)
 
 
 def draw_geometry(
-    size: tuple[int, int], side: int, rng: np.random.Generator, crop: str, random_flip: bool
+    side: int, rng: np.random.Generator, crop: str = "random", random_flip: bool = False
 ) -> Geometry:
-    """Make the short side of (H, W) fit `side`; cut a square at random or in the centre."""
-    scale = side / min(size)
-    height, width = (max(side, round(length * scale)) for length in size)
-    spare = (height - side, width - side)
-    top, left = (s // 2 if crop == "center" else int(rng.integers(s + 1)) for s in spare)
-    flip = random_flip and bool(rng.uniform() < 0.5)
-    return Geometry(resized=(height, width), top=top, left=left, side=side, flip=flip)
+    """A square cut at random or from the centre, mirrored half of the time if asked."""
+    place = 0.5 if crop == "center" else float(rng.uniform())
+    return Geometry(side=side, place=place, flip=random_flip and bool(rng.uniform() < 0.5))
+
+
+def move_to_hole(geometry: Geometry, mask: np.ndarray, rng: np.random.Generator) -> Geometry:
+    """`geometry`, moved so that its cut shows some of the mask's white."""
+    if geometry.of_mask(mask).any():
+        return geometry
+    longer = int(mask.shape[1] > mask.shape[0])
+    spots = np.nonzero(mask.any(axis=1 - longer))[0]
+    short, long = sorted(mask.shape)
+    start = spots[rng.integers(len(spots))] - short / 2
+    return replace(geometry, place=float(np.clip(start / (long - short), 0, 1)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +102,8 @@ class Preparation:
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         """`sample` as a (side, side) square with a mask; all chance comes from `rng`."""
-        geometry = draw_geometry(
-            sample.image.shape[:2], self.side, rng, self.crop, self.random_flip
-        )
+        check_sample(sample)
+        geometry = draw_geometry(self.side, rng, self.crop, self.random_flip)
 
         def objects() -> Sequence[np.ndarray]:
             return [geometry.of_mask(mask) for mask in sample.objects()]
@@ -101,7 +111,9 @@ class Preparation:
         if sample.mask is None:
             mask = self.recipe.draw((self.side, self.side), rng, objects)
         else:
-            mask = geometry.of_mask(sample.mask)
+            given = np.where(sample.mask > 0, 255, 0).astype(np.uint8)
+            geometry = move_to_hole(geometry, given, rng)
+            mask = geometry.of_mask(given)
         image = geometry.of_image(sample.image)
         prompt = str(rng.choice(sample.prompts)) if sample.prompts else sample.prompt
         return replace(
@@ -109,19 +121,30 @@ class Preparation:
         )
 
 
+def check_sample(sample: Sample) -> None:
+    """Raise TypeError when a source gives something else than the interface says."""
+    image, mask = sample.image, sample.mask
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,):
+        found = f"{getattr(image, 'dtype', type(image))} {getattr(image, 'shape', '')}"
+        raise TypeError(f"Sample.image must be uint8 RGB (H, W, 3), not {found}")
+    if mask is not None and (mask.shape != image.shape[:2] or not mask.any()):
+        raise TypeError(
+            f"Sample.mask must be (H, W) of the picture with some white, not {mask.shape}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """What one forward pass eats.
 
-    `image` (B, 3, H, W) in [0, 1], `mask` (B, 1, H, W) of 0 and 1, `hint` as its spec says, prompts
-    and names, and the names of pictures that had to be skipped on the way.
+    `image` (B, 3, H, W) in [0, 1], `mask` (B, 1, H, W) of 0 and 1, `hint` as its spec says, the
+    prompts, and why pictures had to be skipped on the way.
     """
 
     image: Tensor
     mask: Tensor
     hint: Tensor
     prompts: list[str]
-    names: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
     def to(self, device: torch.device) -> Batch:
@@ -140,7 +163,6 @@ def collate(samples: Sequence[Sample], spec: Spec, skipped: Sequence[str] = ()) 
         mask=mask,
         hint=spec.make(image, mask),
         prompts=[s.prompt for s in samples],
-        names=[s.name for s in samples],
         skipped=list(skipped),
     )
 

@@ -90,6 +90,7 @@ def open_source(where: str, options: DataOptions, *, held_out: bool = False) -> 
 
     `held_out` gives a world's pictures for measuring instead of those for training.
     """
+    check_companions(where, options)
     if where.startswith(WORLD_PREFIX):
         world = open_world(where.removeprefix(WORLD_PREFIX))
         return WorldSource(world, options.image_size, HELD_OUT if held_out else 0)
@@ -98,9 +99,18 @@ def open_source(where: str, options: DataOptions, *, held_out: bool = False) -> 
         raise UserError(f"{where} is no folder; give a folder of pictures, or world:shapes")
     if options.ann_file:
         return CocoSource(folder, options.ann_file, options.captions_file, options.image_size)
-    if options.captions_file:
-        raise UserError("--captions_file goes with --ann_file; plain folders have .txt captions")
     return FolderSource(folder, options.mask_dir, options.image_size)
+
+
+def check_companions(where: str, options: DataOptions) -> None:
+    """Raise UserError for data options that would have no effect together."""
+    given = [n for n in ("ann_file", "captions_file", "mask_dir") if getattr(options, n)]
+    if given and where.startswith(WORLD_PREFIX):
+        raise UserError(f"--{given[0]} goes with a folder of pictures, not with {where}")
+    if options.captions_file and not options.ann_file:
+        raise UserError("--captions_file goes with --ann_file; plain folders have .txt captions")
+    if options.ann_file and options.mask_dir:
+        raise UserError("--mask_dir and --ann_file both say what to mask; give one of them")
 
 
 def make_preparation(options: DataOptions) -> Preparation:

@@ -145,7 +145,7 @@ def _plain(rng: np.random.Generator, canvas: tuple[int, int], unit: float) -> np
 
 def _striped(rng: np.random.Generator, canvas: tuple[int, int], unit: float) -> np.ndarray:
     rows, columns = _grid(canvas)
-    angle = rng.integers(4) * np.pi / 4
+    angle = rng.integers(2) * np.pi / 2
     period = rng.uniform(11, 18) * unit
     along = rows * np.float32(np.sin(angle)) + columns * np.float32(np.cos(angle))
     return (along / period + rng.uniform()) % 1 < 0.5
@@ -180,10 +180,10 @@ def _object(
     shape: str, rng: np.random.Generator, canvas: tuple[int, int], unit: float
 ) -> np.ndarray:
     """A filled shape (0 or 1) of random place, size and turn, wholly inside the canvas."""
-    radius = rng.uniform(13, 20) * unit
+    radius = rng.uniform(14, 20) * unit
     reach = radius * 1.1 + unit
     centre = [rng.uniform(reach, side - reach) for side in canvas]
-    turn = rng.uniform(-np.pi / 9, np.pi / 9)
+    turn = rng.uniform(-np.pi / 18, np.pi / 18)
     plane = np.zeros(canvas, np.uint8)
     for ring, value in outlines(shape, radius, turn):
         points = np.rint(ring[:, ::-1] + centre[::-1]).astype(np.int32)

@@ -45,8 +45,9 @@ def make_scheduler(name: str, config: dict[str, Any], steps: int, device: torch.
     """
     if name not in SCHEDULERS:
         raise UserError(f"no scheduler is called {name!r}; there are: {', '.join(SCHEDULERS)}")
-    if steps < 1:
-        raise UserError(f"--num_inference_steps is {steps}; at least 1 is needed")
+    most = config.get("num_train_timesteps", 1000)
+    if not 1 <= steps <= most:
+        raise UserError(f"--num_inference_steps is {steps}; it lies between 1 and {most}")
     cls, extra = SCHEDULERS[name]
     if config.get("rescale_betas_zero_snr"):
         extra = {key: value for key, value in extra.items() if key != "use_karras_sigmas"}

@@ -12,7 +12,6 @@ from controlfill.data.masks import box_around
 from controlfill.data.sample import PreparedSource, Sample, collate
 from controlfill.data.sources import WorldSource, make_preparation, open_source
 from controlfill.data.worlds import HELD_OUT, PATTERNED, World
-from controlfill.errors import UserError
 from controlfill.evaluation.judge import Verdict, judge
 from controlfill.evaluation.metrics import Scores, score, summarize
 from controlfill.images import paste, to_uint8
@@ -71,6 +70,7 @@ class Evaluation:
 def evaluate(pipeline: Pipeline, options: EvaluateOptions, report: Report) -> Evaluation:
     """Measure `pipeline` as `options` ask; `report` hears how far it is. Raises UserError."""
     check_fills(options.classical)
+    pipeline.bundle.check_size(options.image_size)
     source = open_source(options.data, options, held_out=True)
     data = PreparedSource(source, make_preparation(options), options.seed)
     settings = {
@@ -81,8 +81,6 @@ def evaluate(pipeline: Pipeline, options: EvaluateOptions, report: Report) -> Ev
     }
     result = Evaluation(settings=settings)
     count = min(options.num_samples, len(source))
-    if count < 1:
-        raise UserError(f"--num_samples is {options.num_samples}; at least 1 is needed")
     samples = []
     for index in range(count):
         sample, skipped = data[0, index]

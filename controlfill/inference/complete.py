@@ -98,6 +98,8 @@ def _result(
         "control": pipeline.control,
         "conditioning": pipeline.spec.label,
         "guidance_scale": guidance_scale(pipeline, options),
+        "dtype": str(pipeline.bundle.unet.dtype).removeprefix("torch."),
+        "device": str(pipeline.bundle.device),
     }
     return Result(
         image=paste(photo.rgb, generated[:height, :width], hole, options.feather),

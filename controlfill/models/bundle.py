@@ -50,6 +50,16 @@ class Bundle:
         """Pictures must have sides that are multiples of this."""
         return self.factor * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
 
+    def check_size(self, size: int) -> None:
+        """Raise UserError unless the base can take squares of `size` pixels."""
+        multiple = self.size_multiple
+        if size % multiple:
+            near = max(multiple, round(size / multiple) * multiple)
+            raise UserError(
+                f"--image_size is {size}, but {self.name} needs a multiple of {multiple}; "
+                f"{near} would do"
+            )
+
     @property
     def family(self) -> str:
         """sd15, sd2 or embedded; bases of another text width are named by it."""
@@ -116,26 +126,21 @@ def load_bundle(name: str) -> Bundle:
 
     Raises UserError when it is not there or not of the SD 1.5 / SD 2 kind.
     """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
     name = current_name(name)
     where = find_base(name)
-    unet: UNet2DConditionModel = _load_part(UNet2DConditionModel, where, "unet")
-    if unet.config["in_channels"] != unet.config["out_channels"]:
-        raise UserError(
-            f"{name}: its UNet takes {unet.config['in_channels']} channels; a ControlNet is "
-            "trained on a plain text-to-image base, whose UNet takes 4"
-        )
+    check_unet(name, _config(UNet2DConditionModel, where, "unet"))
     bundle = Bundle(
         name=name,
         vae=_load_part(AutoencoderKL, where, "vae"),
-        unet=unet,
+        unet=_load_part(UNet2DConditionModel, where, "unet"),
         text=Text(
             _try(lambda: CLIPTokenizer.from_pretrained(where, subfolder="tokenizer"), where),
             _load_part(CLIPTextModel, where, "text_encoder"),
         ),
-        scheduler_config=_try(lambda: _scheduler_config(where), where),
+        scheduler_config=_config(DDPMScheduler, where, "scheduler"),
     )
     for network in (bundle.vae, bundle.unet, bundle.text.encoder):
         network.eval().requires_grad_(False)
@@ -149,8 +154,6 @@ def find_base(name: str) -> str:
     if Path(name).is_dir():
         if not (Path(name) / "model_index.json").is_file():
             raise UserError(f"{name} is no diffusers folder: model_index.json is missing")
-        if (Path(name) / "text_encoder_2").is_dir():
-            raise UserError(f"{name} has two text encoders (SDXL); give an SD 1.5 or SD 2 base")
         return name
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
@@ -168,11 +171,20 @@ def _load_part(cls: Any, where: str, subfolder: str) -> Any:
     return _try(lambda: cls.from_pretrained(where, subfolder=subfolder, **variant), where)
 
 
-def _scheduler_config(where: str) -> dict[str, Any]:
-    from diffusers import DDPMScheduler
+def _config(cls: Any, where: str, subfolder: str) -> dict[str, Any]:
+    """The config of a part, without its weights."""
+    return _try(lambda: dict(cls.load_config(where, subfolder=subfolder)), where)
 
-    config: Any = DDPMScheduler.load_config(where, subfolder="scheduler")
-    return dict(config)
+
+def check_unet(name: str, config: dict[str, Any]) -> None:
+    """Raise UserError for UNets of other families, before gigabytes of them are fetched."""
+    if config.get("addition_embed_type") == "text_time":
+        raise UserError(f"{name} has two text encoders (SDXL); give an SD 1.5 or SD 2 base")
+    if config.get("in_channels", 4) != config.get("out_channels", 4):
+        raise UserError(
+            f"{name}: its UNet takes {config['in_channels']} channels; a ControlNet is trained on "
+            "a plain text-to-image base, whose UNet takes 4"
+        )
 
 
 def _try(load: Callable[[], T], where: str) -> T:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+import re
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,19 @@ if TYPE_CHECKING:
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SINGLE = "controlnet.safetensors"
+AVERAGE = "ema.safetensors"
 HEADER_KEY = "controlfill"
 CONFIG_KEY = "controlnet_config"
 # The hint passes through these widths of the ControlNet paper, halving its size at each but one.
 HINT_WIDTHS = (16, 32, 96, 256)
+
+
+def own_version() -> str:
+    """The installed version; a checkout that runs without being installed has none."""
+    try:
+        return version("controlfill")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +46,7 @@ class Header:
     base_family: str
     prediction_type: str
     step: int = 0
-    version: str = version("controlfill")
+    version: str = field(default_factory=own_version)
 
 
 def make_controlnet(
@@ -61,12 +71,11 @@ def save_controlnet(
     folder: Path,
     header: Header,
     weights: dict[str, Tensor] | None = None,
-    *,
-    single: bool = False,
+    names: tuple[str, ...] = (WEIGHTS,),
 ) -> None:
-    """Write `network` (or `weights` in its place) as a diffusers folder with `header`.
+    """Write `network`'s config, and its weights (or `weights` in their place) as each of `names`.
 
-    `single` adds the same as one controlnet.safetensors that carries its config.
+    Every file carries `header` and the config, so it can be used alone.
     """
     from safetensors.torch import save_file
 
@@ -78,7 +87,7 @@ def save_controlnet(
         HEADER_KEY: json.dumps(asdict(header)),
         CONFIG_KEY: json.dumps(dict(network.config), default=str),
     }
-    for name in (WEIGHTS, SINGLE) if single else (WEIGHTS,):
+    for name in names:
         save_file(state, folder / name, metadata=about)
 
 
@@ -95,11 +104,18 @@ def find_controlnet(where: str) -> Path:
             f"the ControlNet {where} does not exist; give a checkpoint folder, "
             "final_model, a diffusers folder, a .safetensors file, or `embedded`"
         )
-    checkpoints = sorted(path.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]))
-    for folder in (path, path / "final_model", *reversed(checkpoints)):
-        if (folder / WEIGHTS).is_file():
-            return folder / WEIGHTS
+    for folder in (path, path / "final_model", *reversed(list_checkpoints(path))):
+        # A run with averaged weights means those, in its checkpoints as in its final model.
+        for name in (AVERAGE, WEIGHTS):
+            if (folder / name).is_file():
+                return folder / name
     raise UserError(f"{where} holds no ControlNet: {WEIGHTS} is missing")
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The folders `checkpoint-<step>` of a run, oldest first."""
+    found = [p for p in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
 def read_control_header(file: Path) -> Header | None:
@@ -107,7 +123,13 @@ def read_control_header(file: Path) -> Header | None:
     if file.suffix != ".safetensors":
         return None
     text = read_header(file).get(HEADER_KEY)
-    return Header(**json.loads(text)) if text else None
+    if not text:
+        return None
+    known = {f.name for f in fields(Header)}
+    try:
+        return Header(**{k: v for k, v in json.loads(text).items() if k in known})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} has a damaged header: {error}") from error
 
 
 def load_controlnet(file: Path, bundle: Bundle, channels: int, **kind: Any) -> ControlNetModel:
@@ -136,7 +158,7 @@ def load_controlnet(file: Path, bundle: Bundle, channels: int, **kind: Any) -> C
 
 
 def _config_of(file: Path) -> dict[str, Any] | None:
-    if file.name == WEIGHTS and (file.parent / "config.json").is_file():
+    if file.name in (WEIGHTS, AVERAGE) and (file.parent / "config.json").is_file():
         return read_json(file.parent / "config.json")
     text = read_header(file).get(CONFIG_KEY) if file.suffix == ".safetensors" else None
     return json.loads(text) if text else None

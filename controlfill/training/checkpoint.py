@@ -11,12 +11,9 @@ Learning rate, noise and data order are functions of the step, so no state of th
 
 from __future__ import annotations
 
-import logging
-import re
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,26 +21,25 @@ from torch import Tensor, nn
 
 from controlfill.errors import UserError
 from controlfill.files import read_json, remove_leftovers, write_folder, write_json
-from controlfill.models.controlnet import WEIGHTS, Header, save_controlnet
+from controlfill.models.controlnet import (
+    AVERAGE,
+    WEIGHTS,
+    Header,
+    list_checkpoints,
+    save_controlnet,
+)
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel
+
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
-AVERAGE = "ema.safetensors"
 RUN = "controlnet_inpainting_"
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """How far a run is: optimizer steps done, and the loss scaler of fp16 if there is one."""
-
-    step: int = 0
-    scaler: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(
     folder: Path,
-    network: nn.Module,
+    network: ControlNetModel,
     header: Header,
     optimizer: torch.optim.Optimizer,
     average: dict[str, Tensor] | None,
@@ -51,10 +47,10 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint to `folder`, whole or not at all; `state` goes into state.json."""
     with write_folder(folder) as temporary:
-        save_controlnet(network, temporary, header)  # pyright: ignore[reportArgumentType]
+        save_controlnet(network, temporary, header)
         save_file(flatten_optimizer(optimizer), temporary / OPTIMIZER)
         if average is not None:
-            save_file(average, temporary / AVERAGE)
+            save_controlnet(network, temporary, header, average, (AVERAGE,))
         sizes = {f.name: f.stat().st_size for f in sorted(temporary.iterdir())}
         write_json(temporary / STATE, {**state, "files": sizes})
 
@@ -90,9 +86,7 @@ def is_whole(folder: Path) -> bool:
 
 def checkpoints_of(run: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    found = [p for p in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    found.sort(key=lambda p: int(p.name.split("-")[1]))
-    return [p for p in found if is_whole(p)]
+    return [p for p in list_checkpoints(run) if is_whole(p)]
 
 
 def prune(run: Path, limit: int | None) -> None:
@@ -105,8 +99,8 @@ def prune(run: Path, limit: int | None) -> None:
 def find_resume(where: str, output_dir: Path) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` means.
 
-    `latest` is the newest whole one of the newest run in `output_dir` that has one, None where no
-    run has. Raises UserError for a path that holds none.
+    `latest` is the newest whole one of the newest run in `output_dir`, None where that run has none
+    yet: an older run is another run. Raises UserError for a path that holds none.
     """
     if where != "latest":
         path = Path(where)
@@ -119,11 +113,11 @@ def find_resume(where: str, output_dir: Path) -> Path | None:
                 "folder, a run's folder, or `latest`"
             )
         return within[-1]
-    for run in sorted(output_dir.glob(f"{RUN}*"), reverse=True):
-        remove_leftovers(run)
-        if found := checkpoints_of(run):
-            return found[-1]
-    return None
+    runs = sorted(output_dir.glob(f"{RUN}*"))
+    if not runs:
+        return None
+    remove_leftovers(runs[-1])
+    return (checkpoints_of(runs[-1]) or [None])[-1]
 
 
 def load_weights(folder: Path, network: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from controlfill.data.sample import Batch
 from controlfill.diffusion.objective import Objective, step_rng
+from controlfill.errors import UserError
 from controlfill.options import TrainOptions
 from controlfill.training.optim import Average, learning_rate, set_learning_rate
 
@@ -54,10 +55,15 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     # Its state outlives a run and would refuse another number format in the same process.
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    return Accelerator(
-        mixed_precision=options.mixed_precision,
+    # Unless asked for a format, the one that `accelerate launch` was told stands.
+    asked = None if options.mixed_precision == "no" else options.mixed_precision
+    accelerator = Accelerator(
+        mixed_precision=asked,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision fp16 needs a GPU; bf16 works on a CPU too")
+    return accelerator
 
 
 def agree(accelerator: Accelerator, word: str) -> str:
@@ -96,7 +102,8 @@ def train_loop(
             # 3) Only the ControlNet gets gradients; Accelerate averages them between processes.
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(network.parameters(), options.max_grad_norm)
+                most = options.max_grad_norm or float("inf")
+                norm = accelerator.clip_grad_norm_(network.parameters(), most)
                 grad_norm = torch.as_tensor(norm)
             # 4) Between the micro-batches of one step Accelerate makes these two do nothing.
             optimizer.step()

@@ -31,6 +31,9 @@ from controlfill.images import save_image
 from controlfill.inference.pipeline import DTYPES, Pipeline, choose_spec
 from controlfill.models.bundle import Bundle, load_bundle
 from controlfill.models.controlnet import (
+    AVERAGE,
+    SINGLE,
+    WEIGHTS,
     Header,
     find_controlnet,
     load_controlnet,
@@ -38,13 +41,13 @@ from controlfill.models.controlnet import (
     read_control_header,
     save_controlnet,
 )
-from controlfill.options import TrainOptions
+from controlfill.options import TrainOptions, check_numbers
 from controlfill.training import watch
 from controlfill.training.checkpoint import (
-    AVERAGE,
     OPTIMIZER,
     RUN,
     STATE,
+    checkpoints_of,
     find_resume,
     load_optimizer,
     load_weights,
@@ -65,6 +68,8 @@ FREE_OPTIONS = {
     "output_dir", "resume_from_checkpoint", "save_steps", "log_steps", "log_images_steps",
     "num_workers", "checkpoints_total_limit", "max_steps", "num_epochs",
 }  # fmt: skip
+# Options that make it another run.
+FIXED_OPTIONS = ("conditioning", "pretrained_model_name_or_path", "image_dir", "ann_file")
 
 
 class Places:
@@ -158,44 +163,53 @@ class Run:
         )
 
 
-def check_options(options: TrainOptions) -> None:
-    """Raise UserError for numbers that can't be meant."""
-    at_least_1 = ("batch_size", "gradient_accumulation_steps", "num_epochs", "image_size",
-                  "save_steps", "log_steps", "max_steps")  # fmt: skip
-    for name in at_least_1:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}; at least 1 is needed")
-    if not 0 <= options.ema_decay < 1 or not 0 <= options.proportion_empty_prompts <= 1:
-        raise UserError("--ema_decay and --proportion_empty_prompts are shares between 0 and 1")
-
-
 def prepare(options: TrainOptions, source: Source | None = None) -> Run:
     """Open the data, load the base, make or load the network, and choose the run's folder."""
-    check_options(options)
+    check_numbers(options)
     accelerator = make_accelerator(options)
     source = source if source is not None else open_source(options.image_dir, options)
     say_missing(source)
     data = PreparedSource(source, make_preparation(options), options.seed)
     data[0, 0]  # data that can't be used at all is said now, not after the base is loaded
-    resume = None
-    if options.resume_from_checkpoint is not None:
-        resume = find_resume(options.resume_from_checkpoint, options.output_dir)
-        if resume is None:
-            log.warning("no checkpoint in %s yet; starting from the beginning", options.output_dir)
+    resume = find_start(options)
     bundle = load_bundle(options.pretrained_model_name_or_path)
-    check_size(options.image_size, bundle)
+    bundle.check_size(options.image_size)
     spec = open_spec(options.conditioning)
     network = start_network(options, bundle, spec)
-    folder = resume.parent if resume else new_folder(options.output_dir, accelerator)
+    folder = choose_folder(options, resume, accelerator)
     # On a GPU half-precision frozen weights save memory; the CPU's autocast wants them in single.
     on_cpu = accelerator.device.type == "cpu"
-    dtype = DTYPES["no" if on_cpu else options.mixed_precision]
-    bundle.to(accelerator.device, dtype)
+    bundle.to(accelerator.device, DTYPES["no" if on_cpu else accelerator.mixed_precision])
     return Run(
         options=options, accelerator=accelerator, bundle=bundle, spec=spec, network=network,
         data=data, folder=folder, resume=resume,
     )  # fmt: skip
+
+
+def find_start(options: TrainOptions) -> Path | None:
+    """The checkpoint to go on from, if one is asked for and there; it must be of the same run."""
+    if options.resume_from_checkpoint is None:
+        return None
+    resume = find_resume(options.resume_from_checkpoint, options.output_dir)
+    if resume is None:
+        log.warning("no checkpoint in %s yet; starting from the beginning", options.output_dir)
+    else:
+        check_same(read_json(resume / STATE)["options"], options, resume)
+    return resume
+
+
+def choose_folder(options: TrainOptions, resume: Path | None, accelerator: Accelerator) -> Path:
+    """The run's own folder when it goes on from its end, else a new one.
+
+    Going on from the middle starts a branch of its own, so that no later checkpoint is lost.
+    """
+    if (
+        resume
+        and resume.parent.name.startswith(RUN)
+        and checkpoints_of(resume.parent)[-1] == resume
+    ):
+        return resume.parent
+    return new_folder(options.output_dir, accelerator)
 
 
 def say_missing(source: Source) -> None:
@@ -206,17 +220,6 @@ def say_missing(source: Source) -> None:
             "%d annotated pictures are absent and left out: %s%s",
             len(missing), ", ".join(missing[:5]), ", ..." if len(missing) > 5 else "",
         )  # fmt: skip
-
-
-def check_size(size: int, bundle: Bundle) -> None:
-    """Raise UserError unless the base can take squares of `size` pixels."""
-    multiple = bundle.size_multiple
-    if size % multiple:
-        near = max(multiple, round(size / multiple) * multiple)
-        raise UserError(
-            f"--image_size is {size}, but {bundle.name} needs a multiple of {multiple}; "
-            f"{near} would do"
-        )
 
 
 def start_network(options: TrainOptions, bundle: Bundle, spec: Spec) -> ControlNetModel:
@@ -252,10 +255,10 @@ def train(options: TrainOptions, source: Source | None = None) -> Iterator[Step]
     """
     run = prepare(options, source)
     accelerator, network = run.accelerator, run.network
-    average = Average(network, options.ema_decay) if options.ema_decay else None
     optimizer = make_optimizer(network, options)
     if run.resume:
-        run.step = restore(run, optimizer, average)
+        run.step = restore(run, optimizer)
+    average = make_average(run)
     total = count_steps(options, len(run.data), accelerator.num_processes)
     spans = [step * options.gradient_accumulation_steps for step in (run.step, total)]
     places = Places(len(run.data), options, accelerator.process_index, accelerator.num_processes)
@@ -273,30 +276,38 @@ def train(options: TrainOptions, source: Source | None = None) -> Iterator[Step]
     watchers.finish()
 
 
-def restore(run: Run, optimizer: torch.optim.Optimizer, average: Average | None) -> int:
-    """Load the checkpoint to resume; returns its step. Raises UserError when it is another's."""
+def restore(run: Run, optimizer: torch.optim.Optimizer) -> int:
+    """Load the checkpoint to resume; returns its step."""
     assert run.resume is not None
     state = read_json(run.resume / STATE)
-    check_same(state["options"], run.options, run.resume)
     load_weights(run.resume, run.network)
     load_optimizer(optimizer, load_file(run.resume / OPTIMIZER))
-    if average is not None and (run.resume / AVERAGE).is_file():
-        average.load(load_file(run.resume / AVERAGE))
     if run.accelerator.scaler is not None and state.get("scaler"):
         run.accelerator.scaler.load_state_dict(state["scaler"])
     log.info("resuming from %s at step %d", run.resume, state["step"])
     return int(state["step"])
 
 
+def make_average(run: Run) -> Average | None:
+    """The average to keep: the checkpoint's own, else one that starts at the present weights."""
+    if not run.options.ema_decay:
+        return None
+    average = Average(run.network, run.options.ema_decay)
+    if run.resume and (run.resume / AVERAGE).is_file():
+        average.load(load_file(run.resume / AVERAGE))
+    return average
+
+
 def check_same(saved: dict[str, Any], options: TrainOptions, where: Path) -> None:
-    """Refuse another conditioning; say which other options differ from the run's own."""
-    if saved["conditioning"] != options.conditioning:
-        raise UserError(
-            f"{where} was trained with conditioning {saved['conditioning']}, not "
-            f"{options.conditioning}; resume with --conditioning {saved['conditioning']}"
-        )
+    """Refuse other data, base or conditioning; say which other options differ from the run's."""
     now = options.as_dict()
     changed = [k for k, v in saved.items() if k not in FREE_OPTIONS and now.get(k) != v]
+    for name in FIXED_OPTIONS:
+        if name in changed:
+            raise UserError(
+                f"{where} was trained with --{name} {saved[name]}, not {now[name]}; resume with "
+                "the run's own, or start a new run"
+            )
     if changed:
         words = ", ".join(f"{k} {saved[k]} -> {now.get(k)}" for k in changed)
         log.warning("resuming with other options than the run had: %s", words)
@@ -357,6 +368,7 @@ class Watchers:
     def save(self, step: Step) -> None:
         """A checkpoint, never of a broken network; then old ones go."""
         watch.check_finite(float(step.loss), step.index)
+        watch.check_weights(self.run.network, step.index)
         if not self.main:
             return
         run = self.run
@@ -385,11 +397,12 @@ class Watchers:
         """Write final_model: the averaged weights if there are any, else the last ones."""
         if self.skipped.reasons:
             log.warning("%d pictures were skipped", len(self.skipped.reasons))
-        self.run.accelerator.wait_for_everyone()
+        run = self.run
+        watch.check_weights(run.network, run.step)
+        run.accelerator.wait_for_everyone()
         if not self.main:
             return
-        with write_folder(self.run.folder / "final_model") as folder:
-            save_controlnet(
-                self.run.network, folder, self.run.header, self._averages(), single=True
-            )
+        with write_folder(run.folder / "final_model") as folder:
+            save_controlnet(run.network, folder, run.header, self._averages(), (WEIGHTS, SINGLE))
         self.writer.close()
+        log.info("the trained ControlNet is in %s", run.folder / "final_model")

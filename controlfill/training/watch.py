@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from controlfill.data.hints import show_hint
 from controlfill.data.sample import Batch
 from controlfill.errors import UserError
+from controlfill.files import refuse_full_disk
 from controlfill.images import as_rgb, grid, to_uint8
 from controlfill.inference.complete import generate_batch
 from controlfill.inference.pipeline import Pipeline
@@ -67,6 +69,16 @@ def check_finite(loss: float, step: int) -> None:
         )
 
 
+@torch.no_grad()
+def check_weights(network: nn.Module, step: int) -> None:
+    """Raise UserError when a weight is no number: the loss tells that only one step later."""
+    if not all(bool(torch.isfinite(p).all()) for p in network.parameters()):
+        raise UserError(
+            f"the weights became NaN or infinite at or before step {step}; lower --learning_rate. "
+            "Checkpoints saved before are untouched"
+        )
+
+
 def memory_gb() -> float:
     """Most memory used so far: of the GPU where there is one, else of this process."""
     if torch.cuda.is_available():
@@ -102,9 +114,10 @@ def every(steps: int, do: Callable[[Step], None]) -> Callable[[Step], None]:
 
 def write_scalars(writer: SummaryWriter, values: dict[str, float], step: int) -> None:
     """Put `values` on TensorBoard."""
-    for name, value in values.items():
-        writer.add_scalar(name, value, step)
-    writer.flush()
+    with refuse_full_disk(Path(writer.get_logdir())):
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
 
 
 def draw_panels(pipeline: Pipeline, batch: Batch, seed: int) -> np.ndarray:

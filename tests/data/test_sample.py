@@ -1,6 +1,7 @@
 """Samples become squares and batches the same way whoever draws them."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -67,18 +68,49 @@ def test_crop_and_flip_move_image_mask_and_objects_together():
     mask = np.where(image[..., 0] > 0, 255, 0).astype(np.uint8)
     flips = set()
     for seed in range(12):
-        geometry = draw_geometry((40, 80), 40, np.random.default_rng(seed), "random", True)
+        geometry = draw_geometry(40, np.random.default_rng(seed), random_flip=True)
         flips.add(geometry.flip)
         np.testing.assert_array_equal(geometry.of_image(image)[..., 0], geometry.of_mask(mask))
+        larger = geometry.of_mask(np.kron(mask, np.ones((3, 3), np.uint8)))
+        assert (larger != geometry.of_mask(mask)).mean() < 0.05  # rims may differ by a pixel
     assert flips == {True, False}
 
 
 def test_centre_crops_are_centred_and_random_ones_move():
     rngs = [np.random.default_rng(i) for i in range(8)]
-    centred = {draw_geometry((40, 80), 40, rng, "center", False).left for rng in rngs}
-    moving = {draw_geometry((40, 80), 40, rng, "random", False).left for rng in rngs}
-    assert centred == {20}
-    assert len(moving) > 4
+    assert {draw_geometry(40, rng, "center").place for rng in rngs} == {0.5}
+    assert len({draw_geometry(40, rng).place for rng in rngs}) == 8
+
+
+def test_given_masks_are_never_cut_out():
+    mask = np.zeros((32, 320), np.uint8)
+    mask[5:9, 300:303] = 1  # masks of 0 and 1 count as white too
+    sample = Sample(image=np.zeros((32, 320, 3), np.uint8), mask=mask)
+    for seed in range(20):
+        cut = preparation()(sample, np.random.default_rng(seed))
+        assert set(np.unique(cut.mask)) == {0, 255}
+
+
+def test_a_strip_needs_little_memory():
+    sample = Sample(image=np.zeros((1, 5000, 3), np.uint8))
+    cut = replace(preparation(), side=512)(sample, np.random.default_rng(0))
+    assert cut.image.shape == (512, 512, 3)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        Sample(image=np.zeros((8, 8, 3), np.float32)),
+        Sample(image=np.zeros((8, 8), np.uint8)),
+        Sample(image=np.zeros((8, 8, 4), np.uint8)),
+        Sample(image=[1, 2]),
+        Sample(image=np.zeros((8, 8, 3), np.uint8), mask=np.ones((9, 8), np.uint8)),
+        Sample(image=np.zeros((8, 8, 3), np.uint8), mask=np.zeros((8, 8), np.uint8)),
+    ],
+)
+def test_samples_that_break_the_interface_are_no_skip(sample):
+    with pytest.raises(TypeError, match=r"Sample\.(image|mask) must be"):
+        preparation()(sample, np.random.default_rng(0))
 
 
 def test_one_of_several_prompts_is_drawn():

@@ -64,8 +64,14 @@ def test_empty_and_missing_folders_are_refused(tmp_path):
         open_source(str(tmp_path), OPTIONS)
     with pytest.raises(UserError, match="is no folder"):
         open_source(str(tmp_path / "none"), OPTIONS)
-    with pytest.raises(UserError, match="goes with --ann_file"):
-        open_source(str(tmp_path), DataOptions(captions_file=tmp_path / "c.json"))
+    for where, given, words in [
+        (str(tmp_path), {"captions_file": tmp_path}, "goes with --ann_file"),
+        (str(tmp_path), {"ann_file": tmp_path, "mask_dir": tmp_path}, "give one of them"),
+        ("world:shapes", {"mask_dir": tmp_path}, "--mask_dir goes with a folder"),
+        ("world:shapes", {"ann_file": tmp_path}, "--ann_file goes with a folder"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            open_source(where, DataOptions(**given))
 
 
 def test_broken_files_in_a_folder_are_skipped_and_named(tmp_path):
@@ -132,7 +138,31 @@ def test_compressed_rle_is_read_too():
     code = tools.encode(shape)
     raw = json.dumps({"size": [12, 9], "counts": code["counts"].decode()}).encode()
     np.testing.assert_array_equal(draw_segmentation(raw, 12, 9), shape * 255)
-    assert not draw_segmentation(b"[]", 12, 9).any()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"[]", b"[[]]", b"[[1,2]]", b"[[1,2,3,4]]", b"null", b'{"size":[12,9]}', b"7",
+     b'{"size":[12,9],"counts":"\\u0001"}'],
+)  # fmt: skip
+def test_segmentations_that_enclose_nothing_are_empty(raw):
+    mask = draw_segmentation(raw, 12, 9)
+    assert mask.shape == (12, 9)
+    assert not mask.any()
+
+
+def test_pictures_without_a_caption_are_no_mistake(small_coco):
+    file = small_coco / "captions.json"
+    file.write_text(file.read_text().replace('"paint"', "null"))
+    source = CocoSource(small_coco / "images", small_coco / "instances.json", file, 32)
+    assert source[0].prompts == ("a wall",)
+
+
+def test_an_index_that_another_process_is_replacing_is_built_again(small_coco):
+    file = small_coco / "instances.json"
+    open_index(file)
+    (coco_module.cache_folder(file) / "text.npy").unlink()
+    assert open_index(file).name(1) == "one.jpg"
 
 
 def test_the_index_is_cached_and_a_changed_file_is_read_again(small_coco, monkeypatch):

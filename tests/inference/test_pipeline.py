@@ -15,7 +15,7 @@ def save(bundle, folder, **changes):
         "prediction_type": bundle.prediction_type,
     }  # fmt: skip
     folder.mkdir()
-    save_controlnet(make_controlnet(bundle, 3), folder, Header(**{**about, **changes}), single=True)
+    save_controlnet(make_controlnet(bundle, 3), folder, Header(**{**about, **changes}))
     return str(folder)
 
 

@@ -56,7 +56,7 @@ def test_hub_ids_go_to_the_loaders_by_their_new_name(monkeypatch):
         asked.append(where)
         raise OSError("no connection\nsecond line")
 
-    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", refuse)
+    monkeypatch.setattr(UNet2DConditionModel, "load_config", refuse)
     with pytest.raises(UserError, match=r"could not be loaded: no connection$"):
         load_bundle("runwayml/stable-diffusion-v1-5")
     assert asked == ["stable-diffusion-v1-5/stable-diffusion-v1-5"]
@@ -70,17 +70,25 @@ def test_what_is_no_base_is_refused(narrow_base, tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(UserError, match="could not be loaded"):
         load_bundle(str(tmp_path))
-    (tmp_path / "text_encoder_2").mkdir()
-    with pytest.raises(UserError, match="two text encoders"):
-        load_bundle(str(tmp_path))
 
 
-def test_inpaint_unets_are_refused(narrow_base, tmp_path):
-    folder = tmp_path / "nine"
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("in_channels", 9, "takes 9 channels"),
+        ("addition_embed_type", "text_time", "two text encoders"),
+    ],
+)
+def test_other_families_are_refused_before_their_weights_are_read(
+    narrow_base, tmp_path, key, value, words
+):
+    folder = tmp_path / "other"
     shutil.copytree(narrow_base, folder)
     config = folder / "unet" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "in_channels": 9}))
-    with pytest.raises(UserError, match=r"takes 9 channels|could not be loaded"):
+    config.write_text(json.dumps({**json.loads(config.read_text()), key: value}))
+    for weights in (folder / "unet").glob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(UserError, match=words):
         load_bundle(str(folder))
 
 

@@ -23,7 +23,7 @@ def saved(pipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "final_model"
     folder.mkdir()
     network = module.make_controlnet(pipe.bundle, 3)
-    module.save_controlnet(network, folder, HEADER, single=True)
+    module.save_controlnet(network, folder, HEADER, names=(module.WEIGHTS, module.SINGLE))
     return folder, network
 
 
@@ -80,7 +80,28 @@ def test_a_run_gives_its_newest_checkpoint(saved, tmp_path):
 
     for step in (5, 40, 300):
         shutil.copytree(saved[0], tmp_path / f"checkpoint-{step}")
+    shutil.copytree(saved[0], tmp_path / "checkpoint-301-old")
     assert module.find_controlnet(str(tmp_path)).parent.name == "checkpoint-300"
+
+
+def test_headers_of_other_versions_are_read_and_damaged_ones_named(saved, tmp_path):
+    import json
+
+    from safetensors.torch import save_file
+
+    about = {**json.loads(json.dumps(HEADER.__dict__)), "new_field": 1}
+    for text, good in (
+        (json.dumps(about), True),
+        ("[1]", False),
+        ("{", False),
+        ('{"a": 1}', False),
+    ):
+        save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", {"controlfill": text})
+        if good:
+            assert module.read_control_header(tmp_path / "x.safetensors") == HEADER
+        else:
+            with pytest.raises(UserError, match="damaged header"):
+                module.read_control_header(tmp_path / "x.safetensors")
 
 
 class Bomb:

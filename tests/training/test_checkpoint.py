@@ -51,18 +51,19 @@ def test_pruning_keeps_the_newest(tmp_path, limit, left):
     ]
 
 
-def test_latest_is_the_newest_whole_one_of_the_newest_run_that_has_one(tmp_path):
+def test_latest_is_the_newest_whole_one_of_the_newest_run(tmp_path):
     assert find_resume("latest", tmp_path) is None
     make(tmp_path / "controlnet_inpainting_20260101_000000" / "checkpoint-8")
     run = tmp_path / "controlnet_inpainting_20260202_000000"
     newest = make(run / "checkpoint-4")
     make(run / "checkpoint-6", said=1)
     (run / ".tmp-checkpoint-6-x").mkdir()
-    (tmp_path / "controlnet_inpainting_20260303_000000" / "logs").mkdir(parents=True)
     assert find_resume("latest", tmp_path) == newest
     assert not (run / ".tmp-checkpoint-6-x").exists()
     assert find_resume(str(run), tmp_path) == newest
     assert find_resume(str(newest), tmp_path) == newest
+    (tmp_path / "controlnet_inpainting_20260303_000000" / "logs").mkdir(parents=True)
+    assert find_resume("latest", tmp_path) is None
 
 
 def test_a_path_without_a_whole_checkpoint_is_refused(tmp_path):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from controlfill.data.hints import HINTS
 from controlfill.data.sample import Sample
 from controlfill.errors import UserError
-from controlfill.models.controlnet import read_control_header
+from controlfill.models.controlnet import find_controlnet, read_control_header
 from controlfill.options import TrainOptions
 from controlfill.training.run import Places, count_steps, train
 
@@ -150,8 +150,77 @@ def test_resuming_with_other_options_is_said_and_another_conditioning_refused(sm
         assert len(finish(more)) == 1
     assert "learning_rate 0.001 -> 0.0001" in caplog.text
     assert "max_steps" not in caplog.text
-    with pytest.raises(UserError, match="resume with --conditioning masked-image"):
-        finish(replace(more, conditioning="masked-image+mask"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"conditioning": "masked-image+mask"}, {"image_dir": "world:shapes-full"},
+        {"pretrained_model_name_or_path": "org/never-fetched"},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_another_run_is_not_resumed(small_run, change):
+    finish(replace(small_run, max_steps=2))
+    other = replace(small_run, **change, resume_from_checkpoint="latest")
+    with pytest.raises(UserError, match=f"was trained with --{next(iter(change))} "):
+        finish(other)
+
+
+def test_latest_means_the_newest_run_only(small_run, caplog):
+    finish(replace(small_run, max_steps=2))
+    (old,) = small_run.output_dir.iterdir()
+    newer = old.with_name(f"{old.name}_2")
+    (newer / "logs").mkdir(parents=True)
+    with caplog.at_level(logging.WARNING):
+        assert len(finish(replace(small_run, resume_from_checkpoint="latest"))) == 4
+    assert "starting from the beginning" in caplog.text
+    assert len(list(small_run.output_dir.iterdir())) == 3
+    assert [p.name for p in old.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_going_on_from_the_middle_branches_off(small_run):
+    finish(replace(small_run, save_steps=1))
+    (run,) = small_run.output_dir.iterdir()
+    middle = replace(
+        small_run, save_steps=1, resume_from_checkpoint=str(run / "checkpoint-2"),
+        checkpoints_total_limit=1,
+    )  # fmt: skip
+    assert len(finish(middle)) == 2
+    assert len(list(run.glob("checkpoint-*"))) == 4
+    (branch,) = (p for p in small_run.output_dir.iterdir() if p != run)
+    assert [p.name for p in branch.glob("checkpoint-*")] == ["checkpoint-4"]
+    files = [p / "final_model" / "controlnet.safetensors" for p in (run, branch)]
+    assert same_weights(*(load_file(f) for f in files))
+
+
+def test_an_average_that_starts_late_starts_at_the_present_weights(small_run):
+    finish(replace(small_run, max_steps=2))
+    late = replace(small_run, ema_decay=0.999, learning_rate=0.0, resume_from_checkpoint="latest")
+    finish(late)
+    (run,) = small_run.output_dir.iterdir()
+    present = load_file(run / "checkpoint-4" / "diffusion_pytorch_model.safetensors")
+    assert same_weights(final_weights(small_run.output_dir), present)
+
+
+def test_clipping_is_off_at_zero(small_run, tmp_path):
+    finish(replace(small_run, max_grad_norm=0.0))
+    loose = replace(small_run, max_grad_norm=1e9, output_dir=tmp_path / "loose")
+    finish(loose)
+    assert same_weights(final_weights(small_run.output_dir), final_weights(loose.output_dir))
+
+
+def test_weights_that_are_no_numbers_are_never_saved(small_run):
+    # The loss of a first step is that of the untouched network; only its weights tell.
+    options = replace(small_run, max_steps=1, save_steps=1, learning_rate=1e39)
+    with pytest.raises(UserError, match="the weights became NaN or infinite at or before step 1"):
+        finish(options)
+    assert not list(small_run.output_dir.glob("*/checkpoint-*"))
+
+
+def test_fp16_on_a_cpu_is_refused(small_run):
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        finish(replace(small_run, mixed_precision="fp16"))
 
 
 def test_the_average_is_what_final_model_holds(small_run):
@@ -162,6 +231,9 @@ def test_the_average_is_what_final_model_holds(small_run):
     final = final_weights(small_run.output_dir)
     assert same_weights(final, average)
     assert not same_weights(final, last)
+    found = find_controlnet(str(run / "checkpoint-4"))
+    assert found.name == "ema.safetensors"
+    assert read_control_header(found).step == 4
 
 
 def test_checkpoints_are_limited(small_run):
@@ -285,7 +357,8 @@ def test_coco_trains(small_run, coco, tmp_path, monkeypatch, caplog):
     [
         ({"image_size": 50}, "needs a multiple of 16; 48 would do"),
         ({"batch_size": 0}, "--batch_size is 0; at least 1"),
-        ({"ema_decay": 1.5}, "are shares between 0 and 1"),
+        ({"ema_decay": 1.5}, "lies between 0 and 0.999"),
+        ({"num_workers": -1}, "--num_workers is -1; at least 0"),
         ({"image_dir": "nowhere"}, "is no folder"),
         ({"pretrained_model_name_or_path": "./nowhere"}, "is no folder"),
         ({"controlnet_model_name_or_path": "nowhere"}, "does not exist"),
