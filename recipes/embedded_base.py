@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from controlfill.data.worlds import COLOURS, HELD_OUT, World, open_world, paint
+from controlfill.data.worlds import COLOURS, HELD_OUT, Chance, World, open_world, paint
 from controlfill.diffusion.noise import NoiseSchedule
 from controlfill.models import embedded
 
@@ -44,7 +44,7 @@ def recoloured(world: World, seed: int, size: int) -> np.ndarray:
     """A picture of `world` in random colours, so that the autoencoder knows more than a palette."""
     rng = np.random.default_rng((seed, 1))
     palette = {name: tuple(rng.integers(0, 256, 3)) for name in COLOURS}
-    return paint(world.draw(seed, (8, 8)).truth, rng, (size, size), palette).image
+    return paint(world.draw(seed, (8, 8)).truth, Chance(rng, 0), (size, size), palette).image
 
 
 def pictures(world: World, first: int, count: int, size: int, random_share: float = 0.0) -> Tensor:

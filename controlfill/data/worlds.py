@@ -69,11 +69,16 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The vocabulary of a procedural world; `draw` turns a seed into a picture."""
+    """The vocabulary of a procedural world; `draw` turns a seed into a picture.
+
+    With `grid`, places, sizes and periods are multiples of that many 64ths of the picture and
+    nothing is turned: a world that a small network can learn in an hour. 0 leaves them free.
+    """
 
     colours: tuple[str, ...]
     shapes: tuple[str, ...]
     grounds: tuple[str, ...] = GROUNDS
+    grid: int = 0
 
     def words(self) -> list[str]:
         """Every word a caption of this world can hold."""
@@ -99,23 +104,49 @@ class World:
             ground=kind,
             ground_colours=tuple(ground[: 1 if kind == "plain" else 2]),
         )
-        return paint(truth, rng, size)
+        return paint(truth, Chance(rng, self.grid), size)
+
+
+class Chance:
+    """An rng whose lengths are, with a `grid`, whole multiples of it."""
+
+    def __init__(self, rng: np.random.Generator, grid: int) -> None:
+        self.rng, self.grid = rng, grid
+
+    def length(self, low: float, high: float) -> float:
+        """A length in [low, high], in 64ths of the picture."""
+        if not self.grid:
+            return float(self.rng.uniform(low, high))
+        first, last = int(np.ceil(low / self.grid)), int(np.floor(high / self.grid))
+        return float(self.grid * self.rng.integers(first, max(first, last) + 1))
+
+    def turn(self, most: float) -> float:
+        """An angle of at most `most` either way."""
+        return 0.0 if self.grid else float(self.rng.uniform(-most, most))
+
+    def angle(self, steps: int) -> float:
+        """One of `steps` directions in half a turn; only upright ones on a grid."""
+        return (
+            float(self.rng.integers(2 if self.grid else steps))
+            * np.pi
+            / (2 if self.grid else steps)
+        )
 
 
 def paint(
     truth: Truth,
-    rng: np.random.Generator,
+    chance: Chance,
     size: tuple[int, int],
     palette: dict[str, tuple[int, int, int]] = COLOURS,
 ) -> Picture:
-    """Paint `truth` with a pose and a pattern drawn from `rng`, anti-aliased, at (H, W)."""
+    """Paint `truth` with a pose and a pattern drawn by `chance`, anti-aliased, at (H, W)."""
     height, width = size
     unit = min(size) / 64 * SUPERSAMPLE
     canvas = (height * SUPERSAMPLE, width * SUPERSAMPLE)
-    share = _blend(GROUND_PAINTERS[truth.ground](rng, canvas, unit), size)
+    share = _blend(GROUND_PAINTERS[truth.ground](chance, canvas, unit), size)
     first, second = (np.array(palette[c], np.float32) for c in _pair(truth.ground_colours))
     ground = first + (second - first) * share[..., None]
-    inside = _blend(_object(truth.shape, rng, canvas, unit), size)
+    inside = _blend(_object(truth.shape, chance, canvas, unit), size)
     image = ground + (np.array(palette[truth.colour], np.float32) - ground) * inside[..., None]
     return Picture(
         image=np.rint(image).clip(0, 255).astype(np.uint8),
@@ -139,53 +170,51 @@ def _grid(canvas: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     return rows, columns
 
 
-def _plain(rng: np.random.Generator, canvas: tuple[int, int], unit: float) -> np.ndarray:
+def _plain(chance: Chance, canvas: tuple[int, int], unit: float) -> np.ndarray:
     return np.zeros(canvas, np.float32)
 
 
-def _striped(rng: np.random.Generator, canvas: tuple[int, int], unit: float) -> np.ndarray:
+def _striped(chance: Chance, canvas: tuple[int, int], unit: float) -> np.ndarray:
     rows, columns = _grid(canvas)
-    angle = rng.integers(2) * np.pi / 2
-    period = rng.uniform(11, 18) * unit
+    angle = chance.angle(4)
+    period = chance.length(11, 18) * unit
     along = rows * np.float32(np.sin(angle)) + columns * np.float32(np.cos(angle))
-    return (along / period + rng.uniform()) % 1 < 0.5
+    return ((along + chance.length(0, 18) * unit) / period) % 1 < 0.5
 
 
-def _checkered(rng: np.random.Generator, canvas: tuple[int, int], unit: float) -> np.ndarray:
+def _checkered(chance: Chance, canvas: tuple[int, int], unit: float) -> np.ndarray:
     rows, columns = _grid(canvas)
-    cell = rng.uniform(7, 12) * unit
-    down, right = rng.uniform(0, 2, 2)
-    return (np.floor(rows / cell + down) + np.floor(columns / cell + right)) % 2 == 0
+    cell = chance.length(7, 12) * unit
+    down, right = (chance.length(0, 24) * unit for _ in range(2))
+    return (np.floor((rows + down) / cell) + np.floor((columns + right) / cell)) % 2 == 0
 
 
-def _dotted(rng: np.random.Generator, canvas: tuple[int, int], unit: float) -> np.ndarray:
+def _dotted(chance: Chance, canvas: tuple[int, int], unit: float) -> np.ndarray:
     rows, columns = _grid(canvas)
-    spacing = rng.uniform(12, 18) * unit
-    down, right = rng.uniform(0, 1, 2)
-    y = (rows / spacing + down) % 1 - 0.5
-    x = (columns / spacing + right) % 1 - 0.5
-    return y**2 + x**2 < rng.uniform(0.27, 0.33) ** 2
+    spacing = chance.length(12, 18) * unit
+    down, right = (chance.length(0, 18) * unit for _ in range(2))
+    y = ((rows + down) / spacing) % 1 - 0.5
+    x = ((columns + right) / spacing) % 1 - 0.5
+    return y**2 + x**2 < 0.3**2
 
 
-def _graded(rng: np.random.Generator, canvas: tuple[int, int], unit: float) -> np.ndarray:
+def _graded(chance: Chance, canvas: tuple[int, int], unit: float) -> np.ndarray:
     rows, columns = _grid(canvas)
-    angle = rng.integers(8) * np.pi / 4
+    angle = chance.rng.integers(8) * np.pi / 4
     along = rows / canvas[0] * np.float32(np.sin(angle)) + columns / canvas[1] * np.float32(
         np.cos(angle)
     )
     return (along - along.min()) / (along.max() - along.min())
 
 
-def _object(
-    shape: str, rng: np.random.Generator, canvas: tuple[int, int], unit: float
-) -> np.ndarray:
+def _object(shape: str, chance: Chance, canvas: tuple[int, int], unit: float) -> np.ndarray:
     """A filled shape (0 or 1) of random place, size and turn, wholly inside the canvas."""
-    radius = rng.uniform(14, 20) * unit
-    reach = radius * 1.1 + unit
-    centre = [rng.uniform(reach, side - reach) for side in canvas]
-    turn = rng.uniform(-np.pi / 18, np.pi / 18)
+    size = chance.length(14, 20)
+    reach = size * 1.1 + 1
+    centre = [chance.length(reach, side / unit - reach) * unit for side in canvas]
+    turn = chance.turn(np.pi / 9)
     plane = np.zeros(canvas, np.uint8)
-    for ring, value in outlines(shape, radius, turn):
+    for ring, value in outlines(shape, size * unit, turn):
         points = np.rint(ring[:, ::-1] + centre[::-1]).astype(np.int32)
         cv2.fillPoly(plane, [points], value)
     return plane
@@ -219,7 +248,7 @@ def _cross(radius: float, turn: float) -> np.ndarray:
 
 OUTLINES = {
     "circle": lambda radius, turn: _polygon(48, radius * 0.9, turn),
-    "square": lambda radius, turn: _polygon(4, radius * 1.1, turn + np.pi / 4),
+    "square": lambda radius, turn: _polygon(4, radius * 1.0607, turn + np.pi / 4),
     "triangle": lambda radius, turn: _polygon(3, radius * 1.1, turn),
     "star": _star,
     "cross": _cross,
@@ -232,7 +261,7 @@ GROUND_PAINTERS = {
     "graded": _graded,
 }
 WORLDS = {
-    "shapes": World(colours=tuple(COLOURS)[:8], shapes=SHAPES[:4]),
+    "shapes": World(colours=tuple(COLOURS)[:8], shapes=SHAPES[:4], grid=4),
     "shapes-full": World(colours=tuple(COLOURS), shapes=SHAPES),
 }
 

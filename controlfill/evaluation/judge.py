@@ -64,7 +64,7 @@ def shape_of(blob: np.ndarray, world: World) -> str | None:
     """The shape whose outline, at the blob's own size and place, overlaps it best."""
     best, fit = None, FIT
     for shape in world.shapes:
-        for turn in np.arange(-16, 17, 4):
+        for turn in np.arange(-24, 25, 4):
             overlap = _overlap(blob, shape, float(np.deg2rad(turn)))
             if overlap > fit:
                 best, fit = shape, overlap

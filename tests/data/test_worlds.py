@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from controlfill.data.worlds import COLOURS, HELD_OUT, SHAPES, WORLDS, open_world, outlines, paint
+from controlfill.data.worlds import (
+    COLOURS,
+    HELD_OUT,
+    SHAPES,
+    WORLDS,
+    Chance,
+    open_world,
+    outlines,
+    paint,
+)
 from controlfill.errors import UserError
 
 WORLD = WORLDS["shapes"]
@@ -33,7 +42,7 @@ def test_object_and_ground_have_the_colours_of_the_caption(seed):
 def test_every_ground_and_shape_can_be_painted_at_any_size():
     for truth in WORLDS["shapes-full"].truths():
         if truth.colour == "red":
-            picture = paint(truth, np.random.default_rng(1), (40, 56))
+            picture = paint(truth, Chance(np.random.default_rng(1), 0), (40, 56))
             assert picture.image.std() > 5
             assert picture.truth.caption.endswith("background")
 
@@ -52,6 +61,17 @@ def test_rings_have_a_hole():
     assert (solid, hollow) == (1, 0)
     assert np.abs(inner).max() < np.abs(outer).max()
     assert all(outlines(shape, 10, 0.1) for shape in SHAPES)
+
+
+def test_on_a_grid_lengths_are_multiples_and_nothing_turns():
+    on, free = (Chance(np.random.default_rng(0), grid) for grid in (4, 0))
+    assert {on.length(7, 18) for _ in range(50)} == {8.0, 12.0, 16.0}
+    assert on.length(5, 6) == 8.0  # where no multiple fits, the next one
+    assert on.turn(1.0) == 0
+    assert {on.angle(4) for _ in range(50)} == {0.0, np.pi / 2}
+    assert len({free.length(7, 18) for _ in range(50)}) == 50
+    assert len({free.angle(4) for _ in range(50)}) == 4
+    assert 0 < abs(free.turn(1.0)) <= 1
 
 
 def test_unknown_worlds_are_refused():
