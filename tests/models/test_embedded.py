@@ -65,5 +65,5 @@ def test_the_recipe_builds_what_is_shipped(tmp_path):
 @pytest.mark.parametrize("part", ["vae", "unet", "text_encoder", "tokenizer", "scheduler"])
 def test_no_part_names_the_machine_that_made_it(part):
     for file in (embedded.FOLDER / part).glob("*.json"):
-        if file.name != "vocab.json" and file.name != "tokenizer.json":
+        if file.name not in ("vocab.json", "tokenizer.json"):
             assert not re.search(r'"(/\w+){2,}', file.read_text("utf-8")), file
