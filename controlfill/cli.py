@@ -243,8 +243,7 @@ def preview(options: opts.PreviewOptions) -> None:
 
     source = open_source(options.data, options)
     data = PreparedSource(source, make_preparation(options), options.seed)
-    side = min(192, options.image_size)
-    picture, skipped = draw(data, open_spec(options.conditioning), options.num_samples, side)
+    picture, skipped = draw(data, open_spec(options.conditioning), options.num_samples)
     for reason in skipped:
         say(f"skipped: {reason}")
     save_image(options.output, picture, settings=options.as_dict())

@@ -43,7 +43,7 @@ def draw_samples(folder: Path, seed: int) -> np.ndarray:
     """The grid of training samples, kept as data_sample.png."""
     options = EvaluateOptions(data=WORLD, seed=seed)
     data = PreparedSource(open_source(WORLD, options), make_preparation(options), seed)
-    picture, _ = preview(data, open_spec("masked-image"), 4, 96)
+    picture, _ = preview(data, open_spec("masked-image"), 4)
     save_image(folder / "data_sample.png", picture)
     return picture
 

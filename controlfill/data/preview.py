@@ -11,8 +11,12 @@ from controlfill.data.sample import PreparedSource, Sample, collate
 from controlfill.images import as_rgb, grid, to_uint8
 
 
+# Pixels of each picture in the grid, whatever the size of the samples.
+SIDE = 176
+
+
 def preview(
-    data: PreparedSource, spec: Spec, count: int, side: int
+    data: PreparedSource, spec: Spec, count: int, side: int = SIDE
 ) -> tuple[np.ndarray, list[str]]:
     """One row per sample with two epochs side by side: picture, mask, hint; prompt below.
 
