@@ -10,7 +10,6 @@ from controlfill.data.hints import Spec, show_hint
 from controlfill.data.sample import PreparedSource, Sample, collate
 from controlfill.images import as_rgb, grid, to_uint8
 
-
 # Pixels of each picture in the grid, whatever the size of the samples.
 SIDE = 176
 
