@@ -51,11 +51,17 @@ class Result:
         return save_image(folder / "inpainted.png", self.image, self.alpha, self.settings)
 
     def comparison(self) -> np.ndarray:
-        """Input, mask and output side by side, at most 512 pixels high and wide each."""
-        scale = min(1.0, PANEL / max(self.mask.shape))
-        size = tuple(max(1, round(side * scale)) for side in self.mask.shape)
+        """Input, mask and output side by side, at most 512 pixels high and wide each.
+
+        Small pictures are enlarged by a whole factor, pixel by pixel, to be looked at.
+        """
         panels = (self.known, as_rgb(self.mask), self.image)
-        return grid([[resize(panel, (size[0], size[1])) for panel in panels]])
+        larger = PANEL // 2 // max(self.mask.shape)
+        if larger > 1:
+            return grid([[panel.repeat(larger, 0).repeat(larger, 1) for panel in panels]])
+        scale = min(1.0, PANEL / max(self.mask.shape))
+        height, width = (max(1, round(side * scale)) for side in self.mask.shape)
+        return grid([[resize(panel, (height, width)) for panel in panels]])
 
 
 def inpaint(

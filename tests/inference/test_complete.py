@@ -9,7 +9,7 @@ from controlfill.data.sample import Sample, collate
 from controlfill.data.worlds import HELD_OUT, WORLDS
 from controlfill.errors import UserError
 from controlfill.images import Photo, read_settings
-from controlfill.inference.complete import generate_batch, inpaint
+from controlfill.inference.complete import Result, generate_batch, inpaint
 from controlfill.options import SampleOptions
 
 FAST = SampleOptions(num_inference_steps=2)
@@ -61,7 +61,13 @@ def test_alpha_is_kept_and_settings_travel(pipe, photo, hole, tmp_path):
     assert settings["conditioning"] == "masked-image/1"
     assert settings["guidance_scale"] == pipe.bundle.guidance_scale
     with Image.open(tmp_path / "out" / "comparison.png") as comparison:
-        assert comparison.size == (3 * (70 + 4) + 4, 45 + 8)
+        assert comparison.size == (3 * (3 * 70 + 4) + 4, 3 * 45 + 8)
+
+
+def test_comparisons_of_large_pictures_are_small():
+    large = np.zeros((100, 2000, 3), np.uint8)
+    made = Result(image=large, alpha=None, known=large, mask=large[..., 0], settings={})
+    assert made.comparison().shape == (26 + 8, 3 * (512 + 4) + 4, 3)
 
 
 def test_seed_prompt_guidance_and_control_change_the_hole(pipe, photo, hole):
