@@ -15,7 +15,7 @@ from controlfill.data.sources import WorldSource
 from controlfill.data.worlds import open_world
 from controlfill.errors import UserError
 from controlfill.options import MASK_KINDS
-from controlfill.training.run import calm_worker, collate_prepared
+from controlfill.training.batches import calm_worker, collate_prepared
 
 SPEC = open_spec("masked-image")
 

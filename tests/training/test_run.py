@@ -22,7 +22,8 @@ from controlfill.data.sample import Sample
 from controlfill.errors import UserError
 from controlfill.models.controlnet import find_controlnet, read_control_header
 from controlfill.options import TrainOptions
-from controlfill.training.run import Places, count_steps, train
+from controlfill.training.batches import Places
+from controlfill.training.run import count_steps, train
 
 
 def finish(options, source=None):
