@@ -55,7 +55,7 @@ def train_a_little(options: DemoOptions, report: Callable[[str, int, int], None]
         pretrained_model_name_or_path="embedded",
         image_size=64,
         batch_size=16,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         lr_warmup_steps=20,
         max_steps=options.max_steps,
         save_steps=options.max_steps,
