@@ -109,3 +109,19 @@ def final_weights(output_dir: Path) -> dict[str, torch.Tensor]:
 def same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Whether two sets of weights are equal to the last bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def finish(options, source=None):
+    """Train to the end; the losses of all steps."""
+    from controlfill.training.run import train
+
+    return [float(step.loss) for step in train(options, source)]
+
+
+def stop_after(options, steps):
+    """Train and walk away after some steps, as a crash would."""
+    from controlfill.training.run import train
+
+    for step in train(options):
+        if step.index == steps:
+            return

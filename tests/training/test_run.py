@@ -2,18 +2,13 @@
 
 import json
 import logging
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, final_weights, same_weights
+from conftest import final_weights, finish, same_weights
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -23,19 +18,7 @@ from controlfill.errors import UserError
 from controlfill.models.controlnet import find_controlnet, read_control_header
 from controlfill.options import TrainOptions
 from controlfill.training.batches import Places
-from controlfill.training.run import count_steps, train
-
-
-def finish(options, source=None):
-    """Train to the end; the losses of all steps."""
-    return [float(step.loss) for step in train(options, source)]
-
-
-def stop_after(options, steps):
-    """Train and walk away after some steps, as a crash would."""
-    for step in train(options):
-        if step.index == steps:
-            return
+from controlfill.training.run import count_steps
 
 
 def test_the_output_tree(small_run):
@@ -76,23 +59,6 @@ def test_tensorboard_shows_scalars_and_panels(small_run):
     assert events.Tags()["images"] == ["panels"]
 
 
-FULL = {
-    "gradient_accumulation_steps": 2, "ema_decay": 0.9, "lr_warmup_steps": 2, "max_steps": 5,
-    "lr_scheduler": "cosine", "max_grad_norm": 0.5, "proportion_empty_prompts": 0.5,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("stop", [1, 3])
-def test_interrupted_and_resumed_equals_uninterrupted(small_run, tmp_path, stop):
-    options = replace(small_run, **FULL, save_steps=1)
-    whole = replace(options, output_dir=tmp_path / "whole")
-    losses = finish(whole)
-    stop_after(options, stop)
-    rest = finish(replace(options, resume_from_checkpoint="latest"))
-    assert rest == losses[-len(rest) :]
-    assert same_weights(final_weights(options.output_dir), final_weights(whole.output_dir))
-
-
 def test_the_number_of_workers_changes_nothing(small_run, tmp_path):
     finish(small_run)
     other = replace(small_run, num_workers=2, output_dir=tmp_path / "other")
@@ -105,103 +71,6 @@ def test_other_seeds_learn_other_weights(small_run, tmp_path):
     other = replace(small_run, seed=1, output_dir=tmp_path / "other")
     finish(other)
     assert not same_weights(final_weights(small_run.output_dir), final_weights(other.output_dir))
-
-
-def test_killed_with_9_and_resumed_equals_uninterrupted(small_run, tmp_path):
-    """A real process, really killed while it trains, really started again."""
-    command = [
-        sys.executable, str(ROOT / "train.py"), "--image_dir", "world:shapes",
-        "--pretrained_model_name_or_path", "embedded", "--image_size", "64", "--batch_size", "2",
-        "--max_steps", "12", "--save_steps", "3", "--log_steps", "1", "--num_workers", "1",
-        "--learning_rate", "1e-3", "--log_images_steps", "0",
-    ]  # fmt: skip
-    out = tmp_path / "killed"
-    process = subprocess.Popen([*command, "--output_dir", str(out)], cwd=ROOT)
-    deadline = time.monotonic() + 120
-    while not list(out.glob("*/checkpoint-*/state.json")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not list(out.glob("*/final_model"))
-    again = [*command, "--output_dir", str(out), "--resume_from_checkpoint", "latest"]
-    assert subprocess.run(again, cwd=ROOT, check=False).returncode == 0
-    whole = [*command, "--output_dir", str(tmp_path / "whole")]
-    assert subprocess.run(whole, cwd=ROOT, check=False).returncode == 0
-    assert same_weights(final_weights(out), final_weights(tmp_path / "whole"))
-
-
-def test_latest_without_any_checkpoint_starts_from_the_beginning(small_run, caplog):
-    with caplog.at_level(logging.WARNING):
-        finish(replace(small_run, max_steps=1, resume_from_checkpoint="latest"))
-    assert "starting from the beginning" in caplog.text
-    assert len(list(small_run.output_dir.iterdir())) == 1
-
-
-def test_a_finished_run_resumed_says_the_same(small_run):
-    finish(small_run)
-    before = final_weights(small_run.output_dir)
-    assert finish(replace(small_run, resume_from_checkpoint="latest")) == []
-    assert same_weights(before, final_weights(small_run.output_dir))
-
-
-def test_resuming_with_other_options_is_said_and_another_conditioning_refused(small_run, caplog):
-    finish(small_run)
-    more = replace(small_run, max_steps=5, learning_rate=1e-4, resume_from_checkpoint="latest")
-    with caplog.at_level(logging.WARNING):
-        assert len(finish(more)) == 1
-    assert "learning_rate 0.001 -> 0.0001" in caplog.text
-    assert "max_steps" not in caplog.text
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"conditioning": "masked-image+mask"}, {"image_dir": "world:shapes-full"},
-        {"pretrained_model_name_or_path": "org/never-fetched"},
-    ],
-    ids=lambda change: next(iter(change)),
-)  # fmt: skip
-def test_another_run_is_not_resumed(small_run, change):
-    finish(replace(small_run, max_steps=2))
-    other = replace(small_run, **change, resume_from_checkpoint="latest")
-    with pytest.raises(UserError, match=f"was trained with --{next(iter(change))} "):
-        finish(other)
-
-
-def test_latest_means_the_newest_run_only(small_run, caplog):
-    finish(replace(small_run, max_steps=2))
-    (old,) = small_run.output_dir.iterdir()
-    newer = old.with_name(f"{old.name}_2")
-    (newer / "logs").mkdir(parents=True)
-    with caplog.at_level(logging.WARNING):
-        assert len(finish(replace(small_run, resume_from_checkpoint="latest"))) == 4
-    assert "starting from the beginning" in caplog.text
-    assert len(list(small_run.output_dir.iterdir())) == 3
-    assert [p.name for p in old.glob("checkpoint-*")] == ["checkpoint-2"]
-
-
-def test_going_on_from_the_middle_branches_off(small_run):
-    finish(replace(small_run, save_steps=1))
-    (run,) = small_run.output_dir.iterdir()
-    middle = replace(
-        small_run, save_steps=1, resume_from_checkpoint=str(run / "checkpoint-2"),
-        checkpoints_total_limit=1,
-    )  # fmt: skip
-    assert len(finish(middle)) == 2
-    assert len(list(run.glob("checkpoint-*"))) == 4
-    (branch,) = (p for p in small_run.output_dir.iterdir() if p != run)
-    assert [p.name for p in branch.glob("checkpoint-*")] == ["checkpoint-4"]
-    files = [p / "final_model" / "controlnet.safetensors" for p in (run, branch)]
-    assert same_weights(*(load_file(f) for f in files))
-
-
-def test_an_average_that_starts_late_starts_at_the_present_weights(small_run):
-    finish(replace(small_run, max_steps=2))
-    late = replace(small_run, ema_decay=0.999, learning_rate=0.0, resume_from_checkpoint="latest")
-    finish(late)
-    (run,) = small_run.output_dir.iterdir()
-    present = load_file(run / "checkpoint-4" / "diffusion_pytorch_model.safetensors")
-    assert same_weights(final_weights(small_run.output_dir), present)
 
 
 def test_clipping_is_off_at_zero(small_run, tmp_path):
