@@ -1,0 +1,63 @@
+"""What all options share: names, bounds and how they become plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from controlfill.errors import UserError
+
+SpecName = Literal["masked-image", "masked-image+mask", "masked-latent+mask"]
+SchedulerName = Literal["ddim", "ddpm", "unipc", "dpm++2m", "euler"]
+Precision = Literal["no", "fp16", "bf16"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+# The least value of options that are numbers, by name: the same name means the same everywhere.
+LEAST = {
+    "seed": 0, "num_workers": 0, "learning_rate": 0, "lr_warmup_steps": 0, "adam_weight_decay": 0,
+    "max_grad_norm": 0, "log_images_steps": 0, "feather": 0, "guidance_scale": 0,
+    "controlnet_conditioning_scale": 0, "batch_size": 1, "eval_batch_size": 1,
+    "gradient_accumulation_steps": 1, "num_epochs": 1, "max_steps": 1, "save_steps": 1,
+    "log_steps": 1, "checkpoints_total_limit": 1, "num_inference_steps": 1, "num_samples": 1,
+    "image_size": 8,
+}  # fmt: skip
+SHARES = {"ema_decay": (0, 0.999999), "proportion_empty_prompts": (0, 1)}
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+# Mask kinds drawn unless told otherwise; where no object is known, strokes stand in for it.
+MASK_KINDS = (
+    "rectangles", "strokes", "object", "object-box", "lama", "noise", "ellipse", "border",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What all options share."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options as plain JSON values."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def check_numbers(options: Options) -> None:
+    """Raise UserError for the first number that can't be meant."""
+    for name, least in LEAST.items():
+        value = getattr(options, name, None)
+        if value is not None and value < least:
+            raise UserError(f"--{name} is {value}; at least {least} is needed")
+    for name, (low, high) in SHARES.items():
+        value = getattr(options, name, low)
+        if not low <= value <= high:
+            raise UserError(f"--{name} is {value}; it lies between {low} and {high}")
+
+
+def field_types(cls: type[Any]) -> dict[str, Any]:
+    """The type of each field of an options class, by name."""
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls)}

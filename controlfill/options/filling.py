@@ -1,0 +1,144 @@
+"""Options of commands that fill holes and measure them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from controlfill.options.base import Device, Options, Precision, SchedulerName, SpecName
+from controlfill.options.data import DataOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(Options):
+    """How a picture is sampled."""
+
+    prompt: str = ""
+    """What should be in the hole."""
+    negative_prompt: str = ""
+    """What should not."""
+    guidance_scale: float | None = None
+    """Weight of the prompt; 1 turns guidance off. Otherwise the base's own usual value."""
+    controlnet_conditioning_scale: float = 1.0
+    """Weight of the ControlNet; 0 turns it off."""
+    num_inference_steps: int = 20
+    """Denoising steps."""
+    scheduler: SchedulerName = "ddim"
+    """Sampling method; unipc and dpm++2m use Karras sigmas where the base allows it."""
+    seed: int = 42
+    """Seed of the noise."""
+    feather: int = 0
+    """Pixels around the hole over which old and new blend; 0 leaves each known pixel alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillOptions(SampleOptions):
+    """What the filling commands share: how to sample, where to compute, where to write."""
+
+    conditioning: SpecName | None = None
+    """What the ControlNet was trained with; only for foreign weights, which don't say."""
+    mixed_precision: Precision = "no"
+    """Number format of the networks."""
+    device: Device = "auto"
+    """Where to compute."""
+    output_dir: Path = Path("./outputs/inference")
+    """Folder of the results."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InpaintOptions(FillOptions):
+    """Fill the white part of MASK in IMAGE; writes inpainted.png and comparison.png."""
+
+    image: Positional[Path]
+    """The picture."""
+    mask: Positional[Path]
+    """The mask, as large as the picture: white = fill, black = keep."""
+    control: str | None = None
+    """ControlNet: checkpoint folder, final_model, diffusers folder, .safetensors, or `embedded`."""
+    base: str | None = None
+    """The base; otherwise the one the ControlNet was trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferOptions(FillOptions):
+    """Fill the white part of a mask with a trained checkpoint."""
+
+    checkpoint_path: str
+    """Checkpoint folder, final_model, diffusers folder, or a single .safetensors file."""
+    input_image: Path
+    """The picture."""
+    input_mask: Path
+    """The mask, as large as the picture: white = fill, black = keep."""
+    pretrained_model_name_or_path: str | None = None
+    """The base; otherwise the one recorded in the checkpoint."""
+    num_inference_steps: int = 50
+    """Denoising steps."""
+
+    def as_inpaint(self) -> InpaintOptions:
+        """The same request in the words of `controlfill inpaint`."""
+        shared = {f.name: getattr(self, f.name) for f in fields(FillOptions)}
+        return InpaintOptions(
+            image=self.input_image,
+            mask=self.input_mask,
+            control=self.checkpoint_path,
+            base=self.pretrained_model_name_or_path,
+            **shared,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(DataOptions):
+    """Measure fills on pictures whose truth is known, beside classical fills."""
+
+    data: Positional[str] = "world:shapes"
+    """Folder of pictures, or `world:shapes` (its held-out pictures)."""
+    image_size: int = 64
+    """Side of the square pictures, in pixels."""
+    num_samples: int = 256
+    """Pictures measured."""
+    control: str | None = None
+    """ControlNet to measure; the embedded one otherwise."""
+    base: str | None = None
+    """The base; otherwise the one the ControlNet was trained on."""
+    conditioning: SpecName | None = None
+    """What the ControlNet was trained with; only for foreign weights, which don't say."""
+    num_inference_steps: int = 20
+    """Denoising steps."""
+    scheduler: SchedulerName = "ddim"
+    """Sampling method."""
+    guidance_scale: float | None = None
+    """Weight of the prompt; the base's own usual value otherwise."""
+    classical: tuple[str, ...] = ("telea", "navier-stokes", "biharmonic")
+    """Classical fills to compare with."""
+    objects: bool = True
+    """On a world, also mask each object wholly and check what comes back against the prompt."""
+    eval_batch_size: int = 32
+    """Pictures sampled together."""
+    device: Device = "auto"
+    """Where to compute."""
+    output_dir: Path = Path("./outputs/evaluation")
+    """Folder of report.json, report.html and the pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions(Options):
+    """Check the installation: versions, device, memory, and one training and one sampling step."""
+
+    device: Device = "auto"
+    """Where to compute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(Options):
+    """Walk the whole road on the embedded base: train, fill holes, measure, show a page."""
+
+    output_dir: Path = Path("./demo")
+    """Folder of the page and its pictures."""
+    max_steps: int = 600
+    """Training steps of the little run; the loss begins to fall after some 300."""
+    num_samples: int = 64
+    """Held-out pictures measured."""
+    seed: int = 42
+    """Seed of everything random."""
