@@ -10,7 +10,8 @@ from controlfill.errors import UserError
 
 DATA = {
     "ann_file", "captions_file", "mask_dir", "image_size", "crop", "random_flip", "mask_kinds",
-    "mask_area", "seed",
+    "mask_area", "seed", "image_column", "conditioning_image_column", "caption_column",
+    "max_train_samples", "shuffle_buffer",
 }  # fmt: skip
 SAMPLE = {
     "prompt", "negative_prompt", "guidance_scale", "controlnet_conditioning_scale",

@@ -24,13 +24,15 @@ class Spec:
     """A conditioning spec: `channels` of the hint, whether it is made at latent size, and how.
 
     `make(image, mask)` takes the picture (B, 3, H, W) in [0, 1] and the mask (B, 1, H, W) of 0 and
-    1, and returns the pixel part of the hint.
+    1, and returns the pixel part of the hint. Where `given`, the data brings the hint instead, a
+    picture in [0, 1] (edges, poses, layouts), and everything is generated.
     """
 
     name: str
     channels: int
     make: Callable[[Tensor, Tensor], Tensor]
     at_latent_size: bool = False
+    given: bool = False
     version: int = 1
 
     @property
@@ -57,15 +59,24 @@ def blanked_image(image: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask > 0.5, torch.zeros_like(image), image * 2 - 1)
 
 
+def no_hint(image: Tensor, mask: Tensor) -> Tensor:
+    """Raise UserError: hints of this kind come with the data and can't be made from a picture."""
+    raise UserError(
+        "conditioning `image` needs a conditioning picture for every picture; this data has none"
+    )
+
+
 def check_range(hint: Tensor, mask: Tensor, spec: Spec) -> None:
     """Raise AssertionError unless known pixels lie in [0, 1] and the hole is exactly -1.
+
+    A hint that came with the data has no hole: all of it lies in [0, 1].
 
     Feeding hints in [-1, 1] is the classic silent mismatch: a black pixel then equals the hole.
     """
     if spec.at_latent_size:
         return
-    hole = (mask > 0.5).expand(-1, 3, -1, -1)
     pixels = hint[:, :3]
+    hole = ((mask > 0.5) & (not spec.given)).expand(-1, 3, -1, -1)
     known = pixels[~hole]
     if not bool((pixels[hole] == HOLE).all()):
         raise AssertionError(f"{spec.label}: the hole of a hint must be exactly {HOLE}")
@@ -103,5 +114,6 @@ HINTS = {
         Spec(name="masked-image", channels=3, make=masked_image),
         Spec(name="masked-image+mask", channels=4, make=masked_image_and_mask),
         Spec(name="masked-latent+mask", channels=5, make=blanked_image, at_latent_size=True),
+        Spec(name="image", channels=3, make=no_hint, given=True),
     )
 }

@@ -22,11 +22,13 @@ class Sample:
 
     `image` is uint8 RGB (H, W, 3). `mask` is uint8 (H, W), 255 = generate, or None when one is to
     be drawn. `prompts` are other wordings, of which one is drawn each time instead of `prompt`.
-    `objects` gives masks of things in the picture, of any size with the picture's aspect.
+    `objects` gives masks of things in the picture, of any size with the picture's aspect. `hint` is
+    the conditioning picture of a general ControlNet, uint8 RGB (H, W, 3) like `image`.
     """
 
     image: np.ndarray
     mask: np.ndarray | None = None
+    hint: np.ndarray | None = None
     prompt: str = ""
     prompts: tuple[str, ...] = ()
     objects: Objects = no_objects
@@ -108,28 +110,38 @@ class Preparation:
         def objects() -> Sequence[np.ndarray]:
             return [geometry.of_mask(mask) for mask in sample.objects()]
 
-        if sample.mask is None:
-            mask = self.recipe.draw((self.side, self.side), rng, objects)
-        else:
+        if sample.mask is not None:
             given = np.where(sample.mask > 0, 255, 0).astype(np.uint8)
             geometry = move_to_hole(geometry, given, rng)
             mask = geometry.of_mask(given)
-        image = geometry.of_image(sample.image)
-        prompt = str(rng.choice(sample.prompts)) if sample.prompts else sample.prompt
+        elif sample.hint is not None:
+            mask = np.full((self.side, self.side), 255, np.uint8)
+        else:
+            mask = self.recipe.draw((self.side, self.side), rng, objects)
         return replace(
-            sample, image=image, mask=mask, prompt=prompt, prompts=(), objects=no_objects
+            sample,
+            image=geometry.of_image(sample.image),
+            mask=mask,
+            hint=None if sample.hint is None else geometry.of_image(sample.hint),
+            prompt=str(rng.choice(sample.prompts)) if sample.prompts else sample.prompt,
+            prompts=(),
+            objects=no_objects,
         )
 
 
 def check_sample(sample: Sample) -> None:
     """Raise TypeError when a source gives something else than the interface says."""
-    image, mask = sample.image, sample.mask
+    image, mask, hint = sample.image, sample.mask, sample.hint
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,):
         found = f"{getattr(image, 'dtype', type(image))} {getattr(image, 'shape', '')}"
         raise TypeError(f"Sample.image must be uint8 RGB (H, W, 3), not {found}")
     if mask is not None and (mask.shape != image.shape[:2] or not mask.any()):
         raise TypeError(
             f"Sample.mask must be (H, W) of the picture with some white, not {mask.shape}"
+        )
+    if hint is not None and (hint.shape != image.shape or hint.dtype != np.uint8):
+        raise TypeError(
+            f"Sample.hint must be uint8 RGB of the picture's size {image.shape}, not {hint.shape}"
         )
 
 
@@ -156,12 +168,13 @@ class Batch:
 def collate(samples: Sequence[Sample], spec: Spec, skipped: Sequence[str] = ()) -> Batch:
     """Stack prepared samples of one size and make their hints by `spec`."""
     masks = [s.mask for s in samples if s.mask is not None]
+    hints = [s.hint for s in samples if s.hint is not None]
     image = to_tensor(np.stack([s.image for s in samples]))
     mask = (to_tensor(np.stack(masks)[..., None]) > 0.5).float()
     return Batch(
         image=image,
         mask=mask,
-        hint=spec.make(image, mask),
+        hint=to_tensor(np.stack(hints)) if hints and spec.given else spec.make(image, mask),
         prompts=[s.prompt for s in samples],
         skipped=list(skipped),
     )

@@ -19,6 +19,16 @@ class DataOptions(Options):
     """COCO instances file; its polygons and RLEs become object masks."""
     captions_file: Path | None = None
     """COCO captions file; its captions become prompts."""
+    image_column: str = "image"
+    """Column (or key) of the pictures in tables and datasets."""
+    conditioning_image_column: str = "conditioning_image"
+    """Column of the conditioning pictures, used by `--conditioning image`."""
+    caption_column: str = "text"
+    """Column of the prompts."""
+    max_train_samples: int | None = None
+    """Use only this many pictures, the first ones."""
+    shuffle_buffer: int = 1000
+    """Samples of a stream (tar shards) that are mixed with each other."""
     mask_dir: Path | None = None
     """Folder of masks named like the pictures (white = fill); drawn fresh masks otherwise."""
     image_size: int = 512
