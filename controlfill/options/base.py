@@ -15,7 +15,8 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 
 # The least value of options that are numbers, by name: the same name means the same everywhere.
 LEAST = {
-    "shuffle_buffer": 1, "max_train_samples": 1, "seed": 0, "num_workers": 0, "learning_rate": 0, "lr_warmup_steps": 0, "adam_weight_decay": 0,
+    "shuffle_buffer": 1, "max_train_samples": 1,
+    "seed": 0, "num_workers": 0, "learning_rate": 0, "lr_warmup_steps": 0, "adam_weight_decay": 0,
     "max_grad_norm": 0, "log_images_steps": 0, "feather": 0, "guidance_scale": 0,
     "controlnet_conditioning_scale": 0, "batch_size": 1, "eval_batch_size": 1,
     "gradient_accumulation_steps": 1, "num_epochs": 1, "max_steps": 1, "save_steps": 1,
