@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,6 +20,7 @@ from rich.progress import (
 
 from controlfill import options as opts
 from controlfill.errors import UserError
+from controlfill.reading import read_options, take_engine
 
 OUT = Console(highlight=False, soft_wrap=True)
 ERR = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -33,18 +31,20 @@ def run(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         say(overview())
         return 0
-    name, arguments = argv[0], list(argv[1:])
+    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    name, arguments = " ".join(argv[:words]), list(argv[words:])
     if name not in COMMANDS:
         return fail(f"no command is called {name!r}; there are: {', '.join(COMMANDS)}")
-    cls, command = COMMANDS[name]
     try:
+        name, arguments = take_engine(name, arguments)
+        cls, command = COMMANDS[name]
         options = read_options(cls, name, arguments)
         opts.check_numbers(options)
         command(options)
     except (UserError, OSError) as error:
         return fail(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        return fail("interrupted; checkpoints saved before are untouched", 130)
+    except KeyboardInterrupt as error:
+        return fail(str(error) or "interrupted; checkpoints saved before are untouched", 130)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -78,70 +78,10 @@ def overview() -> str:
     """What `controlfill --help` says."""
     lines = ["usage: controlfill COMMAND ... (COMMAND --help tells its options)", ""]
     for name, (cls, _) in COMMANDS.items():
-        lines.append(f"  {name:<10} {(cls.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  {name:<15} {(cls.__doc__ or '').splitlines()[0]}")
     return "\n".join(
         [*lines, "", "Every command takes --config FILE.yaml with its options as keys."]
     )
-
-
-def read_options(cls: type[Any], name: str, arguments: list[str]) -> Any:
-    """Options from `--config FILE.yaml` and flags; flags win. Raises UserError."""
-    config, arguments = take_config(arguments)
-    values = read_config(cls, config) if config else {}
-    default = None
-    if values:
-        blank = {
-            f.name: tyro.MISSING
-            for f in dataclasses.fields(cls)
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        }
-        default = cls(**{**blank, **values})
-    return tyro.cli(
-        cls,
-        prog=f"controlfill {name}",
-        args=arguments,
-        default=default,
-        use_underscores=True,
-    )
-
-
-def take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Split `--config FILE` off the arguments."""
-    for i, word in enumerate(arguments):
-        if word.startswith("--config="):
-            return word.partition("=")[2], arguments[:i] + arguments[i + 1 :]
-        if word == "--config":
-            if i + 1 == len(arguments):
-                raise UserError("--config needs the path of a YAML file")
-            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
-    return None, arguments
-
-
-def read_config(cls: type[Any], file: str) -> dict[str, Any]:
-    """The options in a YAML file, each checked against its field. Raises UserError."""
-    import yaml
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        values = yaml.safe_load(Path(file).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {file} can't be read: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"--config {file} holds no `option: value` lines")
-    types = opts.field_types(cls)
-    checked = {}
-    for key, value in values.items():
-        if key not in types:
-            raise UserError(f"{file}: {key} is no option; there are: {', '.join(types)}")
-        if value is False and "no" in get_args(types[key]):
-            value = "no"  # noqa: PLW2901  (an unquoted no means false in YAML)
-        try:
-            checked[key] = TypeAdapter(types[key]).validate_python(value)
-        except ValidationError as error:
-            raise UserError(
-                f"{file}: {key}: {error.errors()[0]['msg']}, found {value!r}"
-            ) from error
-    return checked
 
 
 def quiet_libraries() -> None:
@@ -178,17 +118,37 @@ def train(options: opts.TrainOptions) -> None:
     quiet_libraries()
     from controlfill.training.run import train as train_steps
 
+    with training_bar(options.log_steps) as show:
+        for step in train_steps(options):
+            show(step)
+
+
+def train_lightning(options: opts.LightningOptions) -> None:
+    """`controlfill train --engine lightning`, also `python train_lightning.py`."""
+    quiet_libraries()
+    from controlfill.training.lightning import train_lightning as fit
+
+    with training_bar(options.log_every_n_steps) as show:
+        fit(options, on_step=show)
+
+
+@contextmanager
+def training_bar(log_steps: int) -> Iterator[Callable[[Any], None]]:
+    """A bar that shows Steps with their loss and rate; without a terminal, a line now and then."""
     steps = 0
     with progress_bar() as bar:
         task = bar.add_task("training", total=None)
-        for step in train_steps(options):
-            steps += 1
-            text = None
-            if step.index % options.log_steps == 0 or step.index == step.total:
+
+        def show(step: Any) -> None:
+            nonlocal steps
+            steps, text = steps + 1, None
+            if step.index % log_steps == 0 or step.index == step.total:
                 text = f"loss {float(step.loss):.4f} lr {step.learning_rate:.1e}"
                 if not ERR.is_terminal and is_first_process():
                     say(f"step {step.index}/{step.total} {text}")
             bar.update(task, completed=step.index, total=step.total, description=text)
+
+        yield show
     if not steps:
         say("nothing left to train: the checkpoint already has all its steps")
 
@@ -276,6 +236,62 @@ def evaluate(options: opts.EvaluateOptions) -> None:
     say(f"wrote {write_report(result, pipeline.spec, options.output_dir)}")
 
 
+def cache(options: opts.CacheOptions) -> None:
+    """`controlfill cache`."""
+    quiet_libraries()
+    from controlfill.training.caching import build_cache
+
+    with reporting() as report:
+        folder, skipped = build_cache(options, report)
+    for reason in skipped:
+        say(f"skipped: {reason}")
+    say(f"wrote {folder}; train with --cache_dir {folder}")
+
+
+def generate(options: opts.GenerateOptions) -> None:
+    """`controlfill generate`."""
+    quiet_libraries()
+    from controlfill.images import open_image
+    from controlfill.inference.complete import follow
+    from controlfill.inference.pipeline import load
+
+    hint = open_image(options.hint)
+    pipeline = load(
+        options.base, options.control, conditioning=options.conditioning, device=options.device,
+        mixed_precision=options.mixed_precision,
+    )  # fmt: skip
+    with progress_bar() as bar:
+        task = bar.add_task("sampling", total=options.num_inference_steps)
+        result = follow(
+            pipeline, hint, options,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
+    say(f"wrote {result.save(options.output_dir, 'generated.png')}")
+
+
+def prepare_table(options: opts.PrepareTableOptions) -> None:
+    """`controlfill prepare table`."""
+    from controlfill.data.prepare import prepare_table as prepare
+
+    with reporting() as report:
+        say_prepared(prepare(options, report))
+
+
+def prepare_shards(options: opts.PrepareShardsOptions) -> None:
+    """`controlfill prepare shards`."""
+    from controlfill.data.prepare import prepare_shards as prepare
+
+    with reporting() as report:
+        say_prepared(prepare(options, report))
+
+
+def say_prepared(prepared: Any) -> None:
+    """Say what was written where, and what was left out."""
+    for reason in prepared.skipped:
+        say(f"skipped: {reason}")
+    say(f"wrote {prepared.samples} pictures to {prepared.folder}")
+
+
 @contextmanager
 def reporting() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar for work of several named parts."""
@@ -315,7 +331,12 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "preview": (opts.PreviewOptions, preview),
     "mask": (opts.MaskOptions, mask),
     "train": (opts.TrainOptions, train),
+    "train_lightning": (opts.LightningOptions, train_lightning),
     "inpaint": (opts.InpaintOptions, inpaint),
     "infer": (opts.InferOptions, infer),
+    "generate": (opts.GenerateOptions, generate),
     "evaluate": (opts.EvaluateOptions, evaluate),
+    "cache": (opts.CacheOptions, cache),
+    "prepare table": (opts.PrepareTableOptions, prepare_table),
+    "prepare shards": (opts.PrepareShardsOptions, prepare_shards),
 }

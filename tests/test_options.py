@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from controlfill import options as opts
-from controlfill.cli import COMMANDS, read_options
+from controlfill.cli import COMMANDS
 from controlfill.errors import UserError
+from controlfill.reading import read_options, take_engine
 
 DATA = {
     "ann_file", "captions_file", "mask_dir", "image_size", "crop", "random_flip", "mask_kinds",
@@ -18,20 +19,40 @@ SAMPLE = {
     "num_inference_steps", "scheduler", "seed", "feather", "mixed_precision", "device",
     "output_dir", "conditioning",
 }  # fmt: skip
+CONTROL = DATA | {
+    "image_dir", "pretrained_model_name_or_path", "controlnet_model_name_or_path", "conditioning",
+    "cache_dir", "aspect_ratio_buckets", "batch_size", "num_epochs", "max_steps",
+    "overfit_batches", "learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_weight_decay",
+    "use_8bit_adam", "ema_decay", "proportion_empty_prompts", "snr_gamma", "noise_offset",
+    "hole_weight", "gradient_checkpointing", "enable_xformers_memory_efficient_attention",
+    "torch_compile", "allow_tf32", "val_split", "validation_image", "validation_mask",
+    "validation_prompt", "num_validation_images", "output_dir", "save_steps", "num_workers",
+    "report_to", "push_to_hub", "hub_model_id", "resume_from_checkpoint",
+}  # fmt: skip
 FLAGS = {
     "demo": {"output_dir", "max_steps", "num_samples", "seed"},
     "doctor": {"device"},
     "preview": DATA | {"data", "conditioning", "num_samples", "output"},
     "mask": {"out", "size", "kind", "area", "text", "seed"},
-    "train": DATA
+    "train": CONTROL
     | {
-        "image_dir", "pretrained_model_name_or_path", "controlnet_model_name_or_path",
-        "conditioning", "batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps",
-        "learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm",
-        "ema_decay", "proportion_empty_prompts", "mixed_precision", "output_dir", "save_steps",
-        "checkpoints_total_limit", "log_steps", "log_images_steps", "num_workers",
-        "resume_from_checkpoint",
+        "gradient_accumulation_steps", "max_grad_norm", "set_grads_to_none", "mixed_precision",
+        "checkpoints_total_limit", "log_steps", "log_images_steps", "validation_steps",
     },
+    "train_lightning": CONTROL
+    | {
+        "precision", "accelerator", "devices", "num_nodes", "strategy", "accumulate_grad_batches",
+        "gradient_clip_val", "save_every_n_epochs", "save_top_k", "log_every_n_steps",
+        "log_images_every_n_steps", "early_stopping_patience", "lr_find", "profiler",
+    },
+    "cache": DATA
+    | {
+        "data", "pretrained_model_name_or_path", "cache_dir", "aspect_ratio_buckets", "variants",
+        "text", "mixed_precision", "batch_size", "num_workers", "device",
+    },
+    "prepare table": DATA | {"data", "out", "count", "make_hint", "image_format"},
+    "prepare shards": DATA | {"data", "out", "count", "make_hint", "image_format", "per_shard"},
+    "generate": SAMPLE | {"hint", "control", "base"},
     "inpaint": SAMPLE | {"image", "mask", "control", "base"},
     "infer": SAMPLE
     | {
@@ -72,6 +93,35 @@ def test_yaml_flags_and_hyphens_are_the_same_option(tmp_path):
     assert read.mask_kinds == ("full",)
     again = read_options(opts.TrainOptions, "train", [f"--config={file}"])
     assert again.batch_size == 8
+
+
+def test_other_names_for_the_same_option(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("image_dir: x\ncheckpointing_steps: 7\n")
+    words = ["--config", str(file)]
+    assert read_options(opts.TrainOptions, "train", words).save_steps == 7
+    for flag in (["--checkpointing-steps", "9"], ["--checkpointing_steps=9"]):
+        assert read_options(opts.TrainOptions, "train", [*words, *flag]).save_steps == 9
+
+
+def test_both_engines_are_one_command():
+    words = ["--image_dir", "x"]
+    assert take_engine("train", words) == ("train", words)
+    assert take_engine("train", ["--engine=lightning", *words]) == ("train_lightning", words)
+    assert take_engine("train", [*words, "--engine", "accelerate"]) == ("train", words)
+    with pytest.raises(UserError, match="--engine jax is none of: accelerate, lightning"):
+        take_engine("train", ["--engine", "jax"])
+
+
+def test_both_engines_mean_the_same_run():
+    told = opts.LightningOptions(
+        image_dir="x", accumulate_grad_batches=3, gradient_clip_val=0.5, precision="bf16-mixed",
+        log_every_n_steps=7, log_images_every_n_steps=9, snr_gamma=5.0, save_steps=11,
+    )  # fmt: skip
+    assert told.as_train() == opts.TrainOptions(
+        image_dir="x", gradient_accumulation_steps=3, max_grad_norm=0.5, mixed_precision="bf16",
+        log_steps=7, log_images_steps=9, snr_gamma=5.0, save_steps=11, val_split=0.05,
+    )  # fmt: skip
 
 
 def test_an_unquoted_no_is_no_and_flags_keep_their_names(tmp_path):

@@ -187,6 +187,10 @@ class CocoSource:
 
         return Sample(image=photo.rgb, prompts=self._captions(image), objects=objects, name=name)
 
+    def sizes(self) -> np.ndarray:
+        """(N, 2) of height and width, as annotated."""
+        return np.asarray(self.index.sizes[self.kept])
+
     def _captions(self, image: int) -> tuple[str, ...]:
         place = self.caption_place.get(int(self.index.ids[image]))
         if self.captions is None or place is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from controlfill.data.buckets import Buckets
 from controlfill.data.hints import Spec
 from controlfill.data.masks import MaskRecipe, Objects, no_objects
 from controlfill.errors import UserError
@@ -23,7 +24,8 @@ class Sample:
     `image` is uint8 RGB (H, W, 3). `mask` is uint8 (H, W), 255 = generate, or None when one is to
     be drawn. `prompts` are other wordings, of which one is drawn each time instead of `prompt`.
     `objects` gives masks of things in the picture, of any size with the picture's aspect. `hint` is
-    the conditioning picture of a general ControlNet, uint8 RGB (H, W, 3) like `image`.
+    the conditioning picture of a general ControlNet, uint8 RGB (H, W, 3) like `image`. `moments`
+    (2, C, h, w) come from a latent cache.
     """
 
     image: np.ndarray
@@ -33,6 +35,7 @@ class Sample:
     prompts: tuple[str, ...] = ()
     objects: Objects = no_objects
     name: str = ""
+    moments: np.ndarray | None = None
 
 
 class Source(Protocol):
@@ -51,73 +54,95 @@ class Source(Protocol):
 class Geometry:
     """One cut, resize and flip, the same for a picture and all that lies on it.
 
-    The square of the short side is cut at the share `place` (0 to 1) of what is left over, then
-    resized to `side`: cutting first keeps long thin pictures from growing beyond all memory.
+    The largest part of the aspect of `size` (height, width) is cut at the share `place` (0 to 1) of
+    what is left over, then resized: cutting first keeps long thin pictures from growing beyond all
+    memory.
     """
 
-    side: int
+    size: tuple[int, int]
     place: float
     flip: bool
 
     def of_image(self, image: np.ndarray) -> np.ndarray:
-        """The (side, side, 3) cut of a picture of any size."""
-        return resize(self._cut(image), (self.side, self.side))
+        """The (*size, 3) cut of a picture of any size."""
+        return resize(self._cut(image), self.size)
 
     def of_mask(self, mask: np.ndarray) -> np.ndarray:
-        """The (side, side) cut of a mask of any size."""
-        return resize_mask(self._cut(mask), (self.side, self.side))
+        """The cut of a mask of any size, as large as `size`."""
+        return resize_mask(self._cut(mask), self.size)
+
+    def part(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of what is cut from an array of `shape`."""
+        scale = min(length / wanted for length, wanted in zip(shape, self.size, strict=True))
+        height, width = (max(1, round(scale * wanted)) for wanted in self.size)
+        return min(height, shape[0]), min(width, shape[1])
 
     def _cut(self, array: np.ndarray) -> np.ndarray:
-        short = min(array.shape[:2])
-        top, left = (round(self.place * (length - short)) for length in array.shape[:2])
-        part = array[top : top + short, left : left + short]
+        shape = (array.shape[0], array.shape[1])
+        height, width = self.part(shape)
+        top, left = round(self.place * (shape[0] - height)), round(self.place * (shape[1] - width))
+        part = array[top : top + height, left : left + width]
         return np.ascontiguousarray(part[:, ::-1] if self.flip else part)
 
 
 def draw_geometry(
-    side: int, rng: np.random.Generator, crop: str = "random", random_flip: bool = False
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    crop: str = "random",
+    random_flip: bool = False,
 ) -> Geometry:
-    """A square cut at random or from the centre, mirrored half of the time if asked."""
+    """A cut of `size` at random or from the centre, mirrored half of the time if asked."""
     place = 0.5 if crop == "center" else float(rng.uniform())
-    return Geometry(side=side, place=place, flip=random_flip and bool(rng.uniform() < 0.5))
+    return Geometry(size=size, place=place, flip=random_flip and bool(rng.uniform() < 0.5))
 
 
 def move_to_hole(geometry: Geometry, mask: np.ndarray, rng: np.random.Generator) -> Geometry:
     """`geometry`, moved so that its cut shows some of the mask's white."""
     if geometry.of_mask(mask).any():
         return geometry
-    longer = int(mask.shape[1] > mask.shape[0])
-    spots = np.nonzero(mask.any(axis=1 - longer))[0]
-    short, long = sorted(mask.shape)
-    start = spots[rng.integers(len(spots))] - short / 2
-    return replace(geometry, place=float(np.clip(start / (long - short), 0, 1)))
+    shape = (mask.shape[0], mask.shape[1])
+    spare = [length - cut for length, cut in zip(shape, geometry.part(shape), strict=True)]
+    axis = int(spare[1] > spare[0])
+    spots = np.nonzero(mask.any(axis=1 - axis))[0]
+    start = spots[rng.integers(len(spots))] - geometry.part(shape)[axis] / 2
+    return replace(geometry, place=float(np.clip(start / spare[axis], 0, 1)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """How a source's samples become squares with masks."""
+    """How a source's samples become cuts of one size with masks."""
 
     side: int
     recipe: MaskRecipe
     crop: str = "random"
     random_flip: bool = False
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """`sample` as a (side, side) square with a mask; all chance comes from `rng`."""
+    def __call__(
+        self,
+        sample: Sample,
+        rng: np.random.Generator,
+        size: tuple[int, int] | None = None,
+        cut_rng: np.random.Generator | None = None,
+    ) -> Sample:
+        """`sample` cut to `size`, or to a (side, side) square, with a mask.
+
+        All chance comes from `rng`, that of the cut from `cut_rng` where cuts must repeat.
+        """
         check_sample(sample)
-        geometry = draw_geometry(self.side, rng, self.crop, self.random_flip)
+        size, cut_rng = size or (self.side, self.side), cut_rng or rng
+        geometry = draw_geometry(size, cut_rng, self.crop, self.random_flip)
 
         def objects() -> Sequence[np.ndarray]:
             return [geometry.of_mask(mask) for mask in sample.objects()]
 
         if sample.mask is not None:
             given = np.where(sample.mask > 0, 255, 0).astype(np.uint8)
-            geometry = move_to_hole(geometry, given, rng)
+            geometry = move_to_hole(geometry, given, cut_rng)
             mask = geometry.of_mask(given)
         elif sample.hint is not None:
-            mask = np.full((self.side, self.side), 255, np.uint8)
+            mask = np.full(size, 255, np.uint8)
         else:
-            mask = self.recipe.draw((self.side, self.side), rng, objects)
+            mask = self.recipe.draw(size, rng, objects)
         return replace(
             sample,
             image=geometry.of_image(sample.image),
@@ -150,7 +175,8 @@ class Batch:
     """What one forward pass eats.
 
     `image` (B, 3, H, W) in [0, 1], `mask` (B, 1, H, W) of 0 and 1, `hint` as its spec says, the
-    prompts, and why pictures had to be skipped on the way.
+    prompts, and why pictures had to be skipped on the way. `moments` (B, 2, C, h, w), from a latent
+    cache, are mean and deviation of the VAE's posterior.
     """
 
     image: Tensor
@@ -158,17 +184,20 @@ class Batch:
     hint: Tensor
     prompts: list[str]
     skipped: list[str] = field(default_factory=list)
+    moments: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
         image, mask, hint = (t.to(device) for t in (self.image, self.mask, self.hint))
-        return replace(self, image=image, mask=mask, hint=hint)
+        moments = None if self.moments is None else self.moments.to(device)
+        return replace(self, image=image, mask=mask, hint=hint, moments=moments)
 
 
 def collate(samples: Sequence[Sample], spec: Spec, skipped: Sequence[str] = ()) -> Batch:
     """Stack prepared samples of one size and make their hints by `spec`."""
     masks = [s.mask for s in samples if s.mask is not None]
     hints = [s.hint for s in samples if s.hint is not None]
+    moments = [s.moments for s in samples if s.moments is not None]
     image = to_tensor(np.stack([s.image for s in samples]))
     mask = (to_tensor(np.stack(masks)[..., None]) > 0.5).float()
     return Batch(
@@ -177,30 +206,84 @@ def collate(samples: Sequence[Sample], spec: Spec, skipped: Sequence[str] = ()) 
         hint=to_tensor(np.stack(hints)) if hints and spec.given else spec.make(image, mask),
         prompts=[s.prompt for s in samples],
         skipped=list(skipped),
+        moments=torch.from_numpy(np.stack(moments)) if moments else None,
     )
 
 
-class PreparedSource(torch.utils.data.Dataset[tuple[Sample, list[str]]]):
-    """A source seen through a Preparation: (epoch, index) gives a sample and what was skipped.
+class Latents(Protocol):
+    """A cache of posteriors: for each picture and each of `variants` cuts of it, its moments."""
 
-    The sample is a function of (seed, epoch, index) alone, so any number of worker processes reads
-    the same data. A picture that can't be used is replaced by the next one that can.
+    variants: int
+
+    def read(self, index: int, variant: int) -> np.ndarray: ...
+
+
+class PreparedSource(torch.utils.data.Dataset[tuple[Sample, list[str]]]):
+    """A source seen through a Preparation: (epoch, place) gives a sample and what was skipped.
+
+    Only pictures of `indices` are used, all without it; a place is a place among those. The sample
+    is a function of (seed, epoch, index) alone, so any number of worker processes reads the same
+    data. A picture that can't be used is replaced by the next one of its bucket that can. With a
+    cache of latents, cuts repeat after `latents.variants` epochs, masks never do.
     """
 
-    def __init__(self, source: Source, preparation: Preparation, seed: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        preparation: Preparation,
+        seed: int,
+        buckets: Buckets | None = None,
+        latents: Latents | None = None,
+        indices: np.ndarray | None = None,
+    ) -> None:
         self.source, self.preparation, self.seed = source, preparation, seed
+        self.buckets, self.latents = buckets, latents
+        self.indices = np.arange(len(source)) if indices is None else indices
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.indices)
+
+    def bucket_of(self) -> np.ndarray | None:
+        """The bucket of each place, if there are buckets."""
+        return self.buckets.of[self.indices] if self.buckets else None
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Sample, list[str]]:
         epoch, first = place
         skipped: list[str] = []
-        for step in range(len(self.source)):
-            index = (first + step) % len(self.source)
-            rng = np.random.default_rng((self.seed, epoch, index))
+        for index in self._after(first):
             try:
-                return self.preparation(self.source[index], rng), skipped
+                return self._prepare(epoch, index), skipped
             except UserError as error:
                 skipped.append(str(error))
-        raise UserError(f"none of the {len(self.source)} pictures can be used: {skipped[0]}")
+        raise UserError(f"none of the {len(self)} pictures can be used: {skipped[0]}")
+
+    def _after(self, first: int) -> Iterator[int]:
+        """The picture at place `first` and all after it, around; only those of its bucket."""
+        start = self.indices[first]
+        for step in range(len(self)):
+            index = int(self.indices[(first + step) % len(self)])
+            if self.buckets is None or self.buckets.of[index] == self.buckets.of[start]:
+                yield index
+
+    def _prepare(self, epoch: int, index: int) -> Sample:
+        rng = np.random.default_rng((self.seed, epoch, index))
+        size = self.buckets.size_of(index) if self.buckets else None
+        if self.latents is None:
+            return self.preparation(self.source[index], rng, size)
+        variant = epoch % self.latents.variants
+        cut = self.preparation(self.source[index], rng, size, cut_rng(self.seed, variant, index))
+        return replace(cut, moments=self.latents.read(index, variant))
+
+    def cut(self, index: int, variant: int) -> tuple[np.ndarray, list[str]]:
+        """The picture of `index` in its cut number `variant`, for a cache, and all its wordings."""
+        rng = np.random.default_rng(0)
+        size = self.buckets.size_of(index) if self.buckets else None
+        sample = self.source[index]
+        bare = replace(sample, hint=sample.image, objects=no_objects)
+        cut = self.preparation(bare, rng, size, cut_rng(self.seed, variant, index)).image
+        return cut, list(sample.prompts or [sample.prompt])
+
+
+def cut_rng(seed: int, variant: int, index: int) -> np.random.Generator:
+    """The chance of a cut that repeats: a function of its number, apart from that of masks."""
+    return np.random.default_rng((seed, variant, index, 1))

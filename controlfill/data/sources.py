@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
+
+import numpy as np
 
 from controlfill.data.coco import CocoSource
 from controlfill.data.masks import make_recipe
 from controlfill.data.sample import Preparation, Sample, Source
+from controlfill.data.shards import ShardStream, is_shard_folder, names_shards
+from controlfill.data.tables import HUB_PREFIX, TABLES, Columns, HubSource, TableSource, read_sizes
 from controlfill.data.worlds import HELD_OUT, Picture, World, open_world
 from controlfill.errors import UserError
 from controlfill.images import SUFFIXES, as_mask, open_image
@@ -37,6 +42,10 @@ class WorldSource:
             objects=lambda: [picture.object_mask],
             name=f"seed {self.first + index}",
         )
+
+    def sizes(self) -> np.ndarray:
+        """(N, 2) of height and width: all are squares of one side."""
+        return np.full((self.count, 2), self.side, np.int32)
 
 
 class FolderSource:
@@ -84,33 +93,102 @@ class FolderSource:
             name=str(file.relative_to(self.image_dir)),
         )
 
+    def sizes(self) -> np.ndarray:
+        """(N, 2) of height and width, read from the files' headers."""
+        return read_sizes(iter(self.files))
+
+
+class Subset:
+    """The first `count` pictures of a source."""
+
+    def __init__(self, source: Source, count: int) -> None:
+        self.source, self.count = source, min(count, len(source))
+        self.missing: list[str] = getattr(source, "missing", [])
+        self.has_hints: bool = getattr(source, "has_hints", False)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        return self.source[index]
+
+    def sizes(self) -> np.ndarray | None:
+        """(N, 2) of height and width; None where the source doesn't know."""
+        sizes = getattr(self.source, "sizes", None)
+        return None if sizes is None else sizes()[: self.count]
+
 
 def open_source(where: str, options: DataOptions, *, held_out: bool = False) -> Source:
-    """The source at `where`: `world:NAME`, a COCO folder (with an ann_file), or a folder.
+    """The source at `where`.
 
-    `held_out` gives a world's pictures for measuring instead of those for training.
+    `world:NAME`, a COCO folder (with an ann_file), a folder with a table, a plain folder of
+    pictures, a Hugging Face dataset `hf:NAME`, or tar shards, which give a ShardStream. `held_out`
+    gives a world's pictures for measuring instead of those for training. Raises UserError.
     """
     check_companions(where, options)
+    source = _open(where, options, held_out)
+    check_kind(where, options, source)
+    most = options.max_train_samples
+    if most is None or isinstance(source, ShardStream) or most >= len(source):
+        return source
+    if isinstance(source, WorldSource):
+        return WorldSource(source.world, source.side, source.first, most)
+    return Subset(source, most)
+
+
+def _open(where: str, options: DataOptions, held_out: bool) -> Source:
     if where.startswith(WORLD_PREFIX):
         world = open_world(where.removeprefix(WORLD_PREFIX))
         return WorldSource(world, options.image_size, HELD_OUT if held_out else 0)
-    folder = Path(where)
-    if not folder.is_dir():
-        raise UserError(f"{where} is no folder; give a folder of pictures, or world:shapes")
+    if where.startswith(HUB_PREFIX):
+        return HubSource(where, Columns.of(options), options.image_size)
+    if Path(where).is_dir():
+        return _open_folder(Path(where), options)
+    if names_shards(where):
+        return ShardStream(where, options)
+    raise UserError(f"{where} is no folder; give a folder of pictures, or world:shapes")
+
+
+def _open_folder(folder: Path, options: DataOptions) -> Source:
+    """The source that a folder is, by what lies in it."""
     if options.ann_file:
         return CocoSource(folder, options.ann_file, options.captions_file, options.image_size)
+    table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    if table:
+        return TableSource(table, Columns.of(options), options.image_size)
+    if is_shard_folder(folder):
+        return ShardStream(str(folder), options)
     return FolderSource(folder, options.mask_dir, options.image_size)
 
 
 def check_companions(where: str, options: DataOptions) -> None:
     """Raise UserError for data options that would have no effect together."""
-    given = [n for n in ("ann_file", "captions_file", "mask_dir") if getattr(options, n)]
+    given = companions(options)
     if given and where.startswith(WORLD_PREFIX):
         raise UserError(f"--{given[0]} goes with a folder of pictures, not with {where}")
     if options.captions_file and not options.ann_file:
         raise UserError("--captions_file goes with --ann_file; plain folders have .txt captions")
     if options.ann_file and options.mask_dir:
         raise UserError("--mask_dir and --ann_file both say what to mask; give one of them")
+
+
+def companions(options: DataOptions) -> list[str]:
+    """The options given that only make sense beside a folder of pictures."""
+    return [n for n in ("ann_file", "captions_file", "mask_dir") if getattr(options, n)]
+
+
+def check_kind(where: str, options: DataOptions, source: Source) -> None:
+    """Raise UserError for options that this kind of source would not look at."""
+    given = companions(options)
+    has_columns = isinstance(source, (TableSource, HubSource, ShardStream))
+    if given and has_columns:
+        raise UserError(f"--{given[0]} goes with a plain folder of pictures, which {where} is not")
+    default = {f.name: f.default for f in fields(DataOptions) if f.name.endswith("_column")}
+    named = [name for name, value in default.items() if getattr(options, name) != value]
+    if named and not has_columns:
+        raise UserError(f"--{named[0]} goes with tables, datasets and shards, not with {where}")
 
 
 def make_preparation(options: DataOptions) -> Preparation:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from controlfill.data.hints import Spec
 from controlfill.data.sample import Batch
-from controlfill.diffusion.condition import encode_condition
+from controlfill.diffusion.condition import encode_condition, latent_mask
 from controlfill.diffusion.denoiser import ControlDenoiser
+from controlfill.diffusion.losses import Weighting, hole_weights, snr_weights, split_means
 from controlfill.diffusion.noise import NoiseSchedule
 from controlfill.models.bundle import Bundle
 
@@ -23,6 +23,16 @@ def step_rng(seed: int, rank: int, micro_batch: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Unweighted errors of a batch, each (B,): all of it, its hole, its known part; their times."""
+
+    loss: Tensor
+    hole: Tensor
+    known: Tensor
+    timesteps: Tensor
+
+
 class Objective:
     """The loss of control training on a frozen base.
 
@@ -30,26 +40,80 @@ class Objective:
     averages gradients between processes.
     """
 
-    def __init__(self, bundle: Bundle, spec: Spec, empty_prompts: float = 0.0) -> None:
-        self.bundle, self.spec, self.empty_prompts = bundle, spec, empty_prompts
+    def __init__(
+        self,
+        bundle: Bundle,
+        spec: Spec,
+        empty_prompts: float = 0.0,
+        noise_offset: float = 0.0,
+        weighting: Weighting = Weighting(),  # noqa: B008  (frozen)
+    ) -> None:
+        self.bundle, self.spec = bundle, spec
+        self.empty_prompts, self.noise_offset = empty_prompts, noise_offset
+        self.weighting = weighting
         self.schedule = NoiseSchedule(bundle.scheduler_config)
         self.denoiser = ControlDenoiser(bundle.unet)
 
     def __call__(self, network: nn.Module, batch: Batch, rng: torch.Generator) -> Tensor:
-        """The mean squared error of each sample, (B,), differentiable in `network`.
+        """The weighted mean squared error of each sample, (B,), differentiable in `network`."""
+        timesteps = self.schedule.draw_timesteps(len(batch.prompts), rng)
+        errors = self._errors(network, self._drop_prompts(batch, rng), timesteps, rng)
+        if self.weighting.hole != 1:
+            errors = errors * hole_weights(batch.mask, self.bundle.factor, self.weighting.hole)
+        losses = errors.mean(dim=(1, 2, 3))
+        if self.weighting.snr_gamma is not None:
+            weights = snr_weights(self.schedule, timesteps, self.weighting.snr_gamma)
+            losses = losses * weights.to(losses)
+        return losses
 
-        Latents are noised to random times and the prediction is compared with the base's own kind
-        of target (Ho et al. 2020 for epsilon, Salimans and Ho 2022 for v).
+    @torch.no_grad()
+    def measure(self, network: nn.Module, batch: Batch, rng: torch.Generator) -> Measured:
+        """Errors for validation: nothing dropped or weighted, times spread evenly over the batch.
+
+        The same `rng` gives the same noise and times, so one step compares with another.
         """
-        latents = self.bundle.encode_image(batch.image * 2 - 1, rng).float()
-        timesteps = self.schedule.draw_timesteps(len(latents), rng).to(latents.device)
-        noise = torch.randn(latents.shape, generator=rng).to(latents)
-        condition = encode_condition(self.bundle, self.spec, self._drop_prompts(batch, rng))
+        count = len(batch.prompts)
+        offset = torch.rand((), generator=rng)
+        timesteps = ((torch.arange(count) + offset) / count * self.schedule.steps).long()
+        errors = self._errors(network, batch, timesteps, rng)
+        cells = latent_mask(batch.mask, self.bundle.factor).to(errors)
+        hole, known = split_means(errors, cells)
+        return Measured(
+            loss=errors.mean(dim=(1, 2, 3)), hole=hole, known=known, timesteps=timesteps
+        )
+
+    def _errors(
+        self, network: nn.Module, batch: Batch, timesteps: Tensor, rng: torch.Generator
+    ) -> Tensor:
+        """Squared errors (B, C, h, w) of what is predicted for latents noised to `timesteps`.
+
+        The target is the base's own kind (Ho et al. 2020 for epsilon, Salimans and Ho 2022 for v).
+        """
+        latents = self._latents(batch, rng)
+        timesteps = timesteps.to(latents.device)
+        noise = self._noise(latents, rng)
+        condition = encode_condition(self.bundle, self.spec, batch)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         prediction = self.denoiser(network, noisy, timesteps, condition)
         target = self.schedule.target(latents, noise, timesteps)
-        errors = F.mse_loss(prediction.float(), target.float(), reduction="none")
-        return errors.mean(dim=(1, 2, 3))
+        return (prediction.float() - target.float()).square()
+
+    def _latents(self, batch: Batch, rng: torch.Generator) -> Tensor:
+        """Latents drawn from the posterior: the cached one, or that of the VAE."""
+        if batch.moments is not None:
+            return self.bundle.draw_latents(batch.moments.float(), rng)
+        return self.bundle.encode_image(batch.image * 2 - 1, rng).float()
+
+    def _noise(self, latents: Tensor, rng: torch.Generator) -> Tensor:
+        """Noise like `latents`; with an offset, also shared by all cells of a channel.
+
+        The offset lets pictures become darker or lighter as a whole (Guttenberg 2023, "Diffusion
+        with Offset Noise").
+        """
+        noise = torch.randn(latents.shape, generator=rng)
+        if self.noise_offset:
+            noise += self.noise_offset * torch.randn((*latents.shape[:2], 1, 1), generator=rng)
+        return noise.to(latents)
 
     def _drop_prompts(self, batch: Batch, rng: torch.Generator) -> Batch:
         """Replace a share of the prompts by the empty one, as guidance needs it."""

@@ -44,11 +44,11 @@ class Result:
     mask: np.ndarray
     settings: dict[str, Any]
 
-    def save(self, folder: str | Path) -> Path:
-        """Write inpainted.png (with the settings inside) and comparison.png into `folder`."""
+    def save(self, folder: str | Path, name: str = "inpainted.png") -> Path:
+        """Write the picture as `name`, settings inside, and comparison.png into `folder`."""
         folder = Path(folder)
         save_image(folder / "comparison.png", self.comparison())
-        return save_image(folder / "inpainted.png", self.image, self.alpha, self.settings)
+        return save_image(folder / name, self.image, self.alpha, self.settings)
 
     def comparison(self) -> np.ndarray:
         """Input, mask and output side by side, at most 512 pixels high and wide each.
@@ -76,6 +76,11 @@ def inpaint(
     Both are paths, PIL pictures, numpy arrays or tensors. Raises UserError when their sizes differ
     or the mask is black, and InterruptedError when `progress` returns False.
     """
+    if pipeline.spec.given:
+        raise UserError(
+            f"this ControlNet was trained with {pipeline.spec.label}: it follows a conditioning "
+            "picture and fills no holes"
+        )
     photo = as_photo(image)
     hole = as_mask(mask, photo.size)
     multiple = pipeline.bundle.size_multiple
@@ -88,6 +93,35 @@ def inpaint(
     with pipeline.lock:
         generated = to_uint8(generate_batch(pipeline, batch, options, progress))[0]
     return _result(pipeline, photo, hole, generated, options)
+
+
+def follow(
+    pipeline: Pipeline, hint: Any, options: SampleOptions, progress: Progress | None = None
+) -> Result:
+    """A whole new picture, as large as `hint`, that follows it; for ControlNets of given hints.
+
+    Raises UserError for a ControlNet that fills holes, and InterruptedError when `progress` returns
+    False.
+    """
+    if not pipeline.spec.given:
+        raise UserError(
+            f"this ControlNet was trained with {pipeline.spec.label}: it fills holes; give it a "
+            "picture and a mask"
+        )
+    photo = as_photo(hint)
+    everything = np.full(photo.size, 255, np.uint8)
+    multiple = pipeline.bundle.size_multiple
+    padded = pad_to_multiple(photo.rgb, multiple)
+    sample_ = Sample(
+        image=np.zeros_like(padded),
+        mask=pad_to_multiple(everything, multiple),
+        hint=padded,
+        prompt=options.prompt,
+    )
+    batch = collate([sample_], pipeline.spec)
+    with pipeline.lock:
+        generated = to_uint8(generate_batch(pipeline, batch, options, progress))[0]
+    return _result(pipeline, photo, everything, generated, options)
 
 
 def _result(

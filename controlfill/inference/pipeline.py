@@ -63,6 +63,22 @@ class Pipeline:
 
         return inpaint(self, image, mask, SampleOptions(prompt=prompt, **options), progress)
 
+    def follow(
+        self,
+        hint: Any,
+        prompt: str = "",
+        *,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Result:
+        """A new picture as large as `hint` that follows it, by a ControlNet of given hints.
+
+        `options` as for `inpaint`. Raises UserError for a ControlNet that fills holes.
+        """
+        from controlfill.inference.complete import follow
+
+        return follow(self, hint, SampleOptions(prompt=prompt, **options), progress)
+
 
 def pick_device(name: str) -> torch.device:
     """The device called `name`; `auto` takes the best there is. Raises UserError."""

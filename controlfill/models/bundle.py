@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,15 +83,22 @@ class Bundle:
         return next(self.unet.parameters()).device
 
     @torch.no_grad()
-    def encode_image(self, image: Tensor, rng: torch.Generator | None = None) -> Tensor:
-        """Latents of (B, 3, H, W) in [-1, 1]; drawn from the posterior by `rng`, else its mode."""
+    def encode_moments(self, image: Tensor) -> Tensor:
+        """Mean and deviation (B, 2, C, h, w) of the posterior of (B, 3, H, W) in [-1, 1]."""
         encoded: Any = self.vae.encode(image.to(self.vae.dtype))
-        posterior = encoded.latent_dist
-        latents = posterior.mean
+        return torch.stack([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1)
+
+    def draw_latents(self, moments: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        """Latents (B, C, h, w) drawn from the posteriors `moments` by `rng`, else their modes."""
+        latents, deviation = moments.unbind(dim=1)
         if rng is not None:
             noise = torch.randn(latents.shape, generator=rng).to(latents)
-            latents = latents + posterior.std * noise
+            latents = latents + deviation * noise
         return (latents - self._shift) * self.vae.config["scaling_factor"]
+
+    def encode_image(self, image: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        """Latents of (B, 3, H, W) in [-1, 1]; drawn from the posterior by `rng`, else its mode."""
+        return self.draw_latents(self.encode_moments(image), rng)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -104,12 +112,25 @@ class Bundle:
     def _shift(self) -> float:
         return self.vae.config.get("shift_factor") or 0.0
 
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the encoders' weights, by which caches know what they were made with."""
+        return {"vae": hash_weights(self.vae), "text_encoder": hash_weights(self.text.encoder)}
+
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Bundle:
         """Move the networks; returns the bundle itself."""
         for network in (self.vae, self.unet, self.text.encoder):
             # The library's own `to` warns of parts to be kept in float32, although it has none.
             torch.nn.Module.to(network, device=device, dtype=dtype)
         return self
+
+
+def hash_weights(module: torch.nn.Module) -> str:
+    """A fingerprint of a network's weights: 16 hex digits, the same in every number format."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def current_name(name: str) -> str:

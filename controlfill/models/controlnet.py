@@ -109,6 +109,9 @@ def find_controlnet(where: str) -> Path:
         for name in (AVERAGE, WEIGHTS):
             if (folder / name).is_file():
                 return folder / name
+    for file in (path / "checkpoints" / "last.ckpt", *sorted(path.glob("*.ckpt"))):
+        if file.is_file():
+            return file
     raise UserError(f"{where} holds no ControlNet: {WEIGHTS} is missing")
 
 
@@ -120,14 +123,15 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def read_control_header(file: Path) -> Header | None:
     """The header of a weights file; None for foreign weights, which carry none."""
-    if file.suffix != ".safetensors":
-        return None
-    text = read_header(file).get(HEADER_KEY)
-    if not text:
-        return None
     known = {f.name for f in fields(Header)}
     try:
-        return Header(**{k: v for k, v in json.loads(text).items() if k in known})
+        if file.suffix == ".ckpt":
+            values = (_read_lightning(file) or {}).get("header")
+        elif file.suffix == ".safetensors":
+            values = json.loads(read_header(file).get(HEADER_KEY) or "null")
+        else:
+            return None
+        return Header(**{k: v for k, v in values.items() if k in known}) if values else None
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file} has a damaged header: {error}") from error
 
@@ -160,8 +164,25 @@ def load_controlnet(file: Path, bundle: Bundle, channels: int, **kind: Any) -> C
 def _config_of(file: Path) -> dict[str, Any] | None:
     if file.name in (WEIGHTS, AVERAGE) and (file.parent / "config.json").is_file():
         return read_json(file.parent / "config.json")
+    if file.suffix == ".ckpt":
+        return (_read_lightning(file) or {}).get("config")
     text = read_header(file).get(CONFIG_KEY) if file.suffix == ".safetensors" else None
     return json.loads(text) if text else None
+
+
+def _read_lightning(file: Path) -> dict[str, Any] | None:
+    """What our Lightning engine puts beside the weights in a .ckpt; None in others' files."""
+    return _unpickle(file).get(HEADER_KEY)
+
+
+def _unpickle(file: Path) -> dict[str, Any]:
+    """A pickled dict of tensors and plain values, mapped, never running its code."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # unpickling raises anything
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "unreadable"
+        raise UserError(f"{file} is no state dict of plain tensors: {reason}") from error
+    return state if isinstance(state, dict) else {}
 
 
 def _check_fit(network: ControlNetModel, bundle: Bundle, channels: int, file: Path) -> None:
@@ -187,12 +208,13 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise UserError(f"{file} is a broken safetensors file: {error}") from error
-    except Exception as error:  # unpickling raises anything
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "unreadable"
-        raise UserError(f"{file} is no state dict of plain tensors: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    state = _unpickle(file)
+    if HEADER_KEY in state:
+        # A run with averaged weights means those.
+        own = {k.removeprefix("network."): v for k, v in state["state_dict"].items()}
+        state = state[HEADER_KEY]["average"] or own
+    if not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{file} is no state dict of plain tensors; save one with safetensors")
     return state

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -64,7 +66,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     bos, eos = (int(i) for i in tokenizer("").input_ids)
-    return CLIPTextModel(
+    encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=TEXT_WIDTH,
@@ -78,6 +80,11 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             pad_token_id=eos,
         )
     )
+    # CLIP starts with words fifty times smaller than what attention adds to them: each place then
+    # says the mean of all words before it, and a small UNet learns shapes very slowly from that.
+    words: Any = encoder.get_input_embeddings()
+    torch.nn.init.normal_(words.weight)
+    return encoder
 
 
 def make_scheduler() -> DDPMScheduler:

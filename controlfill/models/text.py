@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
+
+
+class Kept(Protocol):
+    """Vectors of prompts that were encoded before; None for prompts that were not."""
+
+    def get(self, prompts: list[str]) -> Tensor | None: ...
 
 
 class Text:
@@ -18,10 +24,18 @@ class Text:
         self.tokenizer, self.encoder = tokenizer, encoder
         places = encoder.config.max_position_embeddings
         self.length = min(tokenizer.model_max_length, places)
+        self.cache: Kept | None = None
 
-    @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:
         """The last hidden states of `prompts`, (B, tokens, width); longer prompts are cut."""
+        kept = self.cache.get(prompts) if self.cache is not None else None
+        if kept is None:
+            return self._encode(prompts)
+        place = next(self.encoder.parameters())
+        return kept.to(place.device, place.dtype)
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> Tensor:
         tokens = self.tokenizer(
             prompts,
             padding="max_length",

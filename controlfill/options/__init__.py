@@ -5,11 +5,13 @@ text below a field is its `--help`.
 """
 
 from controlfill.options.base import (
+    ALIASES,
     LEAST,
     MASK_KINDS,
     SD15,
     SHARES,
     Options,
+    Precision,
     check_numbers,
     field_types,
 )
@@ -19,14 +21,24 @@ from controlfill.options.filling import (
     DoctorOptions,
     EvaluateOptions,
     FillOptions,
+    GenerateOptions,
     InferOptions,
     InpaintOptions,
     SampleOptions,
 )
-from controlfill.options.training import TrainOptions
+from controlfill.options.preparing import PrepareShardsOptions, PrepareTableOptions
+from controlfill.options.training import (
+    CacheOptions,
+    ControlOptions,
+    LightningOptions,
+    TrainOptions,
+)
 
 __all__ = [
-    "LEAST", "MASK_KINDS", "SD15", "SHARES", "DataOptions", "DemoOptions", "DoctorOptions",
-    "EvaluateOptions", "FillOptions", "InferOptions", "InpaintOptions", "MaskOptions", "Options",
-    "PreviewOptions", "SampleOptions", "TrainOptions", "check_numbers", "field_types",
+    "ALIASES", "LEAST", "MASK_KINDS", "SD15", "SHARES", "CacheOptions", "ControlOptions",
+    "DataOptions", "DemoOptions", "DoctorOptions", "EvaluateOptions", "FillOptions",
+    "GenerateOptions",
+    "InferOptions", "InpaintOptions", "LightningOptions", "MaskOptions", "Options", "Precision",
+    "PrepareShardsOptions", "PrepareTableOptions", "PreviewOptions", "SampleOptions",
+    "TrainOptions", "check_numbers", "field_types",
 ]  # fmt: skip

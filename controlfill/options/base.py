@@ -21,9 +21,15 @@ LEAST = {
     "controlnet_conditioning_scale": 0, "batch_size": 1, "eval_batch_size": 1,
     "gradient_accumulation_steps": 1, "num_epochs": 1, "max_steps": 1, "save_steps": 1,
     "log_steps": 1, "checkpoints_total_limit": 1, "num_inference_steps": 1, "num_samples": 1,
-    "image_size": 8,
+    "image_size": 8, "accumulate_grad_batches": 1, "gradient_clip_val": 0, "save_every_n_epochs": 1,
+    "save_top_k": -1, "log_every_n_steps": 1, "log_images_every_n_steps": 0, "devices": -1,
+    "num_nodes": 1, "early_stopping_patience": 1, "overfit_batches": 0, "snr_gamma": 0.001,
+    "noise_offset": 0, "hole_weight": 0, "num_validation_images": 1, "validation_steps": 1,
+    "variants": 1, "count": 1, "per_shard": 1,
 }  # fmt: skip
-SHARES = {"ema_decay": (0, 0.999999), "proportion_empty_prompts": (0, 1)}
+SHARES = {"ema_decay": (0, 0.999999), "proportion_empty_prompts": (0, 1), "val_split": (0, 0.9)}
+# Other names that users know, for the same option.
+ALIASES = {"checkpointing_steps": "save_steps"}
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # Mask kinds drawn unless told otherwise; where no object is known, strokes stand in for it.
 MASK_KINDS = (

@@ -62,6 +62,18 @@ class InpaintOptions(FillOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerateOptions(FillOptions):
+    """Paint a picture that follows a conditioning picture; writes generated.png."""
+
+    hint: Path
+    """The conditioning picture; the result has its size."""
+    control: str
+    """ControlNet trained with --conditioning image: checkpoint, final_model, file."""
+    base: str | None = None
+    """The base; otherwise the one the ControlNet was trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class InferOptions(FillOptions):
     """Fill the white part of a mask with a trained checkpoint."""
 

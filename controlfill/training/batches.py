@@ -3,30 +3,100 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from controlfill.data.buckets import batches_per_epoch, epoch_of_buckets
 from controlfill.data.hints import Spec
 from controlfill.data.sample import Batch, PreparedSource, Sample, collate
+from controlfill.data.streams import PreparedStream
 from controlfill.options import TrainOptions
+
+Place = tuple[int, int]
+
+
+class Order(Protocol):
+    """An endless sequence of batches of (epoch, index), a function of the batch's number."""
+
+    def batch(self, number: int) -> list[Place]: ...
+
+    def batches_per_epoch(self) -> float: ...
+
+
+class Shuffled:
+    """Every picture once per epoch in a fresh order; an epoch may end within a batch."""
+
+    def __init__(self, count: int, size: int, seed: int) -> None:
+        self.count, self.size, self.seed = count, size, seed
+        self._turn = functools.lru_cache(2)(self._shuffle)
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.count)
+
+    def batch(self, number: int) -> list[Place]:
+        """The pictures of batch number `number`, counted over all epochs."""
+        first = number * self.size
+        places = (divmod(p, self.count) for p in range(first, first + self.size))
+        return [(epoch, int(self._turn(epoch)[place])) for epoch, place in places]
+
+    def batches_per_epoch(self) -> float:
+        """Batches in an epoch, with a fraction."""
+        return self.count / self.size
+
+
+class Bucketed:
+    """Batches of one aspect ratio each, every picture once per epoch."""
+
+    def __init__(self, bucket_of: np.ndarray, size: int, seed: int) -> None:
+        self.bucket_of, self.size, self.seed = bucket_of, size, seed
+        self.per_epoch = batches_per_epoch(bucket_of, size)
+        self._turn = functools.lru_cache(2)(self._shuffle)
+
+    def _shuffle(self, epoch: int) -> list[np.ndarray]:
+        rng = np.random.default_rng((self.seed, epoch))
+        return list(epoch_of_buckets(self.bucket_of, self.size, rng))
+
+    def batch(self, number: int) -> list[Place]:
+        """The pictures of batch number `number`, counted over all epochs."""
+        epoch, place = divmod(number, self.per_epoch)
+        return [(epoch, int(index)) for index in self._turn(epoch)[place]]
+
+    def batches_per_epoch(self) -> float:
+        """Batches in an epoch."""
+        return self.per_epoch
+
+
+class Streamed:
+    """What is known of the order of a stream: only how long an epoch is."""
+
+    def __init__(self, count: int, size: int) -> None:
+        self.count, self.size = count, size
+
+    def batch(self, number: int) -> list[Place]:
+        """Raise TypeError: a stream can't be asked for places."""
+        raise TypeError("a stream gives its batches in its own order")
+
+    def batches_per_epoch(self) -> float:
+        """Batches in an epoch, with a fraction."""
+        return self.count / self.size
 
 
 class Places:
-    """The data order: for each forward pass of a process, the (epoch, index) of its pictures.
+    """The part of an order that one process reads: each batch goes to exactly one process.
 
-    A function of (seed, rank, position), so a run can start anywhere in it and no two processes
-    see the same picture of an epoch.
+    A function of (seed, rank, position), so a run can start anywhere in it. With `overfit` the
+    first so many batches of each process come again and again, with the same cuts and masks.
     """
 
-    def __init__(self, count: int, options: TrainOptions, rank: int, ranks: int) -> None:
-        self.count, self.seed, self.batch = count, options.seed, options.batch_size
-        self.rank, self.ranks = rank, ranks
+    def __init__(self, order: Order, rank: int, ranks: int, overfit: int = 0) -> None:
+        self.order, self.rank, self.ranks, self.overfit = order, rank, ranks, overfit
         self.range = range(0)
 
     def between(self, start: int, stop: int) -> Places:
@@ -37,18 +107,31 @@ class Places:
     def __len__(self) -> int:
         return len(self.range)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        turn, turned = np.zeros(0, np.int64), -1
+    def __iter__(self) -> Iterator[list[Place]]:
         for number in self.range:
-            first = (number * self.ranks + self.rank) * self.batch
-            places = []
-            for position in range(first, first + self.batch):
-                epoch, place = divmod(position, self.count)
-                if epoch != turned:
-                    turn = np.random.default_rng((self.seed, epoch)).permutation(self.count)
-                    turned = epoch
-                places.append((epoch, int(turn[place])))
-            yield places
+            own = number % self.overfit if self.overfit else number
+            yield self.order.batch(own * self.ranks + self.rank)
+
+
+def make_order(data: PreparedSource, options: TrainOptions) -> Order:
+    """The order of `data`: by buckets where it has some."""
+    bucket_of = data.bucket_of()
+    if bucket_of is not None:
+        return Bucketed(bucket_of, options.batch_size, options.seed)
+    return Shuffled(len(data), options.batch_size, options.seed)
+
+
+def steps_per_epoch(order: Order, options: TrainOptions, ranks: int) -> int:
+    """Optimizer steps in which each picture is seen once or more; epochs hold whole steps."""
+    batches = options.overfit_batches or order.batches_per_epoch() / ranks
+    return max(1, math.ceil(batches / options.gradient_accumulation_steps))
+
+
+def count_steps(order: Order, options: TrainOptions, ranks: int) -> int:
+    """Optimizer steps of the whole run."""
+    if options.max_steps is not None:
+        return options.max_steps
+    return options.num_epochs * steps_per_epoch(order, options, ranks)
 
 
 def collate_prepared(items: Sequence[tuple[Sample, list[str]]], spec: Spec) -> Batch:
@@ -60,6 +143,18 @@ def collate_prepared(items: Sequence[tuple[Sample, list[str]]], spec: Spec) -> B
 def calm_worker(_: int) -> None:
     """One thread per worker process: more would fight each other for the same cores."""
     cv2.setNumThreads(0)
+
+
+def make_stream(stream: PreparedStream, spec: Spec, workers: int) -> DataLoader[Any]:
+    """The micro-batches of a stream, read by at most one process per core."""
+    return DataLoader(
+        stream,
+        batch_size=None,
+        num_workers=min(workers, os.cpu_count() or 1),
+        collate_fn=functools.partial(collate_prepared, spec=spec),
+        worker_init_fn=calm_worker,
+        pin_memory=torch.cuda.is_available(),
+    )
 
 
 def make_batches(data: PreparedSource, places: Places, spec: Spec, workers: int) -> DataLoader[Any]:

@@ -11,6 +11,7 @@ Learning rate, noise and data order are functions of the step, so no state of th
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,9 +33,13 @@ from controlfill.models.controlnet import (
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
 
+log = logging.getLogger(__name__)
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 RUN = "controlnet_inpainting_"
+# Where Lightning's own checkpoints lie in a run's folder, and the newest of them.
+CKPTS = "checkpoints"
+LAST = "last.ckpt"
 
 
 def save_checkpoint(
@@ -123,3 +128,24 @@ def find_resume(where: str, output_dir: Path) -> Path | None:
 def load_weights(folder: Path, network: nn.Module) -> None:
     """Give `network` the weights of a checkpoint."""
     network.load_state_dict(load_file(folder / WEIGHTS))
+
+
+def find_ckpt(where: str | None, output_dir: Path) -> Path | None:
+    """The .ckpt file that `--resume_from_checkpoint` means. Raises UserError."""
+    if where is None:
+        return None
+    if where == "latest":
+        runs = sorted(output_dir.glob(f"{RUN}*"))
+        file = runs[-1] / CKPTS / LAST if runs else None
+        if file is None or not file.is_file():
+            log.warning("no checkpoint in %s yet; starting from the beginning", output_dir)
+            return None
+        return file
+    path = Path(where)
+    for file in (path, path / CKPTS / LAST):
+        if file.is_file() and file.suffix == ".ckpt":
+            return file
+    raise UserError(
+        f"--resume_from_checkpoint {where} holds no .ckpt file; weights of the other engine go in "
+        "by --controlnet_model_name_or_path"
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -19,25 +20,10 @@ from torch import Tensor, nn
 from controlfill.data.sample import Batch
 from controlfill.diffusion.objective import Objective, step_rng
 from controlfill.errors import UserError
-from controlfill.options import TrainOptions
+from controlfill.options import Precision, TrainOptions
 from controlfill.training.optim import Average, learning_rate, set_learning_rate
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One optimizer step that is done: its number from 1 on, and what there is to say of it.
-
-    `loss` and `grad_norm` stay on the device; read them only when needed, each reading waits for
-    the device. `skipped` names pictures that could not be used.
-    """
-
-    index: int
-    total: int
-    loss: Tensor
-    grad_norm: Tensor
-    learning_rate: float
-    images: int
-    skipped: list[str]
+from controlfill.training.step import Step
+from controlfill.training.team import Team
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +52,28 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     return accelerator
 
 
-def agree(accelerator: Accelerator, word: str) -> str:
-    """The main process's `word`, on every process."""
-    words = [word]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(words)
-    return words[0]
+def make_team(accelerator: Accelerator) -> Team:
+    """What the rest of the training room may know of Accelerate."""
+
+    def tell(word: Any) -> Any:
+        words = [word]
+        if accelerator.num_processes > 1:
+            broadcast_object_list(words)
+        return words[0]
+
+    def total(values: Tensor) -> Tensor:
+        summed: Any = accelerator.reduce(values.to(accelerator.device), "sum")
+        return summed.cpu()
+
+    return Team(
+        rank=accelerator.process_index,
+        ranks=accelerator.num_processes,
+        device=accelerator.device,
+        precision=cast(Precision, accelerator.mixed_precision),
+        tell=tell,
+        total=total,
+        autocast=cast(Any, accelerator.autocast),
+    )
 
 
 def train_loop(
@@ -107,7 +109,7 @@ def train_loop(
                 grad_norm = torch.as_tensor(norm)
             # 4) Between the micro-batches of one step Accelerate makes these two do nothing.
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=options.set_grads_to_none)
         losses.append(loss.detach())
         skipped += batch.skipped
         number += 1

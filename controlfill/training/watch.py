@@ -7,8 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,16 +16,13 @@ from torch import nn
 from controlfill.data.hints import show_hint
 from controlfill.data.sample import Batch
 from controlfill.errors import UserError
-from controlfill.files import refuse_full_disk
 from controlfill.images import as_rgb, grid, to_uint8
 from controlfill.inference.complete import generate_batch
 from controlfill.inference.pipeline import Pipeline
 from controlfill.options import SampleOptions
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
-    from controlfill.training.loop import Step
+    from controlfill.training.step import Step
 
 log = logging.getLogger(__name__)
 PANEL_STEPS = 10
@@ -102,7 +98,7 @@ class Skipped:
                 self.reasons[reason] = None
 
 
-def every(steps: int, do: Callable[[Step], None]) -> Callable[[Step], None]:
+def every(steps: int, do: Callable[[Step], Any]) -> Callable[[Step], None]:
     """Do it at each multiple of `steps` and at the last step; never when `steps` is 0."""
 
     def watch(step: Step) -> None:
@@ -110,14 +106,6 @@ def every(steps: int, do: Callable[[Step], None]) -> Callable[[Step], None]:
             do(step)
 
     return watch
-
-
-def write_scalars(writer: SummaryWriter, values: dict[str, float], step: int) -> None:
-    """Put `values` on TensorBoard."""
-    with refuse_full_disk(Path(writer.get_logdir())):
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
 
 
 def draw_panels(pipeline: Pipeline, batch: Batch, seed: int) -> np.ndarray:
@@ -131,10 +119,3 @@ def draw_panels(pipeline: Pipeline, batch: Batch, seed: int) -> np.ndarray:
         masked = np.where(hole[..., None] > 0, np.uint8(128), original)
         rows.append([original, masked, as_rgb(hole), hint, prediction])
     return grid(rows)
-
-
-def open_writer(run: Path, step: int) -> SummaryWriter:
-    """A TensorBoard writer in the run's logs/; what was logged after `step` is superseded."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run / "logs"), purge_step=step + 1 if step else None)

@@ -68,7 +68,7 @@ def test_crop_and_flip_move_image_mask_and_objects_together():
     mask = np.where(image[..., 0] > 0, 255, 0).astype(np.uint8)
     flips = set()
     for seed in range(12):
-        geometry = draw_geometry(40, np.random.default_rng(seed), random_flip=True)
+        geometry = draw_geometry((40, 40), np.random.default_rng(seed), random_flip=True)
         flips.add(geometry.flip)
         np.testing.assert_array_equal(geometry.of_image(image)[..., 0], geometry.of_mask(mask))
         larger = geometry.of_mask(np.kron(mask, np.ones((3, 3), np.uint8)))
@@ -78,8 +78,8 @@ def test_crop_and_flip_move_image_mask_and_objects_together():
 
 def test_centre_crops_are_centred_and_random_ones_move():
     rngs = [np.random.default_rng(i) for i in range(8)]
-    assert {draw_geometry(40, rng, "center").place for rng in rngs} == {0.5}
-    assert len({draw_geometry(40, rng).place for rng in rngs}) == 8
+    assert {draw_geometry((40, 40), rng, "center").place for rng in rngs} == {0.5}
+    assert len({draw_geometry((40, 40), rng).place for rng in rngs}) == 8
 
 
 def test_given_masks_are_never_cut_out():

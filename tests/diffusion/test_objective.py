@@ -35,10 +35,10 @@ def awake(network):
 def plain_formula(bundle, network, batch, rng):
     """The training step of diffusers' train_controlnet.py, with our noise and timesteps."""
     vae, unet, text = bundle.vae, bundle.unet, bundle.text
+    timesteps = torch.randint(0, 1000, (len(batch.prompts),), generator=rng)
     posterior = vae.encode(batch.image * 2 - 1).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=rng)
     latents = (posterior.mean + posterior.std * noise) * vae.config.scaling_factor
-    timesteps = torch.randint(0, 1000, (len(latents),), generator=rng)
     noise = torch.randn(latents.shape, generator=rng)
     scheduler = DDPMScheduler.from_config(bundle.scheduler_config)
     noisy = scheduler.add_noise(latents, noise, timesteps)
@@ -78,7 +78,7 @@ def test_loss_and_gradient_equal_the_plain_formula(base, pipe, narrow_base):
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(HINTS))
+@pytest.mark.parametrize("name", sorted(n for n, spec in HINTS.items() if not spec.given))
 def test_no_frozen_parameter_ever_gets_a_gradient(name, pipe):
     spec = HINTS[name]
     bundle = pipe.bundle

@@ -17,8 +17,7 @@ from controlfill.data.sample import Sample
 from controlfill.errors import UserError
 from controlfill.models.controlnet import find_controlnet, read_control_header
 from controlfill.options import TrainOptions
-from controlfill.training.batches import Places
-from controlfill.training.run import count_steps
+from controlfill.training.batches import Places, Shuffled, count_steps
 
 
 def test_the_output_tree(small_run):
@@ -33,7 +32,8 @@ def test_the_output_tree(small_run):
         "config.json", "diffusion_pytorch_model.safetensors", "optimizer.safetensors", "state.json",
     }  # fmt: skip
     assert {p.name for p in (run / "final_model").iterdir()} == {
-        "config.json", "controlnet.safetensors", "diffusion_pytorch_model.safetensors",
+        "README.md", "config.json", "controlnet.safetensors",
+        "diffusion_pytorch_model.safetensors",
     }  # fmt: skip
     with Image.open(run / "logs" / "panels.png") as panels:
         assert panels.size == (5 * 68 + 4, 4 * 68 + 4)
@@ -219,7 +219,7 @@ def test_coco_trains(small_run, coco, tmp_path, monkeypatch, caplog):
             )
         )  # fmt: skip
     assert len(losses) == 2
-    assert "1 annotated pictures are absent and left out: absent.jpg" in caplog.text
+    assert "1 pictures that the data names are absent and left out: absent.jpg" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -272,22 +272,23 @@ def test_a_full_disk_keeps_the_checkpoint_before(small_run, monkeypatch):
 
 
 def test_no_two_processes_see_the_same_pictures():
-    options = TrainOptions(image_dir="x", batch_size=3)
     ranks = [
-        [p for places in Places(24, options, rank, 2).between(0, 4) for p in places]
+        [p for places in Places(Shuffled(24, 3, 0), rank, 2).between(0, 4) for p in places]
         for rank in range(2)
     ]
     assert len(ranks[0]) == len(ranks[1]) == 12
     assert sorted(ranks[0] + ranks[1]) == [(0, i) for i in range(24)]
-    later = [p for places in Places(24, options, 1, 2).between(2, 4) for p in places]
+    later = [p for places in Places(Shuffled(24, 3, 0), 1, 2).between(2, 4) for p in places]
     assert later == ranks[1][6:]
-    odd = [p for places in Places(5, options, 0, 1).between(0, 5) for p in places]
+    odd = [p for places in Places(Shuffled(5, 3, 0), 0, 1).between(0, 5) for p in places]
     assert sorted(odd) == sorted((epoch, i) for epoch in range(3) for i in range(5))
 
 
 def test_epochs_become_steps():
     options = TrainOptions(image_dir="x", batch_size=4, num_epochs=3, gradient_accumulation_steps=2)
-    assert count_steps(options, 80, 1) == 30
-    assert count_steps(options, 80, 2) == 15
-    assert count_steps(options, 81, 1) == 31
-    assert count_steps(replace(options, max_steps=7), 81, 1) == 7
+    order = Shuffled(80, 4, 0)
+    assert count_steps(order, options, 1) == 30
+    assert count_steps(order, options, 2) == 15
+    assert count_steps(Shuffled(81, 4, 0), options, 1) == 33  # epochs are whole steps
+    assert count_steps(order, replace(options, max_steps=7), 1) == 7
+    assert count_steps(order, replace(options, overfit_batches=4), 1) == 6

@@ -1,0 +1,56 @@
+"""What a sample's error counts for: by its noise level, and by where in the picture it lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from controlfill.diffusion.condition import latent_mask
+from controlfill.diffusion.noise import NoiseSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighting:
+    """How errors are weighted: `snr_gamma` of Min-SNR (None: not), `hole` against known pixels."""
+
+    snr_gamma: float | None = None
+    hole: float = 1.0
+
+
+def snr_weights(schedule: NoiseSchedule, timesteps: Tensor, gamma: float) -> Tensor:
+    """Min-SNR weights (B,) for the schedule's own kind of prediction.
+
+    With snr = abar / (1 - abar): min(snr, gamma) for x_0, divided by snr for epsilon and by
+    snr + 1 for v (Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy",
+    section 3.4). At zero terminal SNR the weight of epsilon is its limit, 1.
+    """
+    abar = schedule.alphas_cumprod.to(timesteps.device)[timesteps]
+    snr = abar / (1 - abar)
+    capped = snr.clamp(max=gamma)
+    if schedule.prediction_type == "sample":
+        return capped
+    if schedule.prediction_type == "epsilon":
+        return torch.where(snr > 0, capped / snr, torch.ones_like(snr))
+    return capped / (snr + 1)
+
+
+def hole_weights(mask: Tensor, factor: int, weight: float) -> Tensor:
+    """Weights (B, 1, h, w) of mean 1 at latent size: cells of the hole count `weight` times.
+
+    `mask` is (B, 1, H, W) of 0 and 1; `factor` is pixels per latent cell.
+    """
+    cells = 1 + (weight - 1) * latent_mask(mask, factor)
+    return cells / cells.mean(dim=(1, 2, 3), keepdim=True)
+
+
+def split_means(errors: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of `errors` (B, C, h, w) where `cells` (B, 1, h, w) is 1, and where it is 0; each (B,).
+
+    A part that a picture does not have is nan.
+    """
+    spread = cells.expand_as(errors)
+    hole = (errors * spread).sum(dim=(1, 2, 3)) / spread.sum(dim=(1, 2, 3))
+    known = (errors * (1 - spread)).sum(dim=(1, 2, 3)) / (1 - spread).sum(dim=(1, 2, 3))
+    return hole, known

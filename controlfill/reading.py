@@ -1,0 +1,96 @@
+"""Reading options: from flags, and from a YAML file with the same names."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, get_args
+
+import tyro
+
+from controlfill import options as opts
+from controlfill.errors import UserError
+
+ENGINES = {"accelerate": "train", "lightning": "train_lightning"}
+
+
+def read_options(cls: type[Any], name: str, arguments: list[str]) -> Any:
+    """Options from `--config FILE.yaml` and flags; flags win. Raises UserError."""
+    config, arguments = take_option("config", arguments, "the path of a YAML file")
+    values = read_config(cls, config) if config else {}
+    default = None
+    if values:
+        blank = {
+            f.name: tyro.MISSING
+            for f in dataclasses.fields(cls)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        }
+        default = cls(**{**blank, **values})
+    return tyro.cli(
+        cls,
+        prog=f"controlfill {name}",
+        args=own_names(arguments),
+        default=default,
+        use_underscores=True,
+    )
+
+
+def take_option(name: str, arguments: list[str], wants: str) -> tuple[str | None, list[str]]:
+    """Split `--name VALUE` or `--name=VALUE` off the arguments."""
+    for i, word in enumerate(arguments):
+        if word.startswith(f"--{name}="):
+            return word.partition("=")[2], arguments[:i] + arguments[i + 1 :]
+        if word == f"--{name}":
+            if i + 1 == len(arguments):
+                raise UserError(f"--{name} needs {wants}")
+            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+    return None, arguments
+
+
+def own_names(arguments: list[str]) -> list[str]:
+    """The arguments with options called by their other names called by ours."""
+    renamed = []
+    for word in arguments:
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        known = flag.startswith("--") and name in opts.ALIASES
+        renamed.append(f"--{opts.ALIASES[name]}{equals}{value}" if known else word)
+    return renamed
+
+
+def read_config(cls: type[Any], file: str) -> dict[str, Any]:
+    """The options in a YAML file, each checked against its field. Raises UserError."""
+    import yaml
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        values = yaml.safe_load(Path(file).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {file} can't be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {file} holds no `option: value` lines")
+    types = opts.field_types(cls)
+    checked = {}
+    for word, value in values.items():
+        key = opts.ALIASES.get(word, word)
+        if key not in types:
+            raise UserError(f"{file}: {key} is no option; there are: {', '.join(types)}")
+        if value is False and "no" in get_args(types[key]):
+            value = "no"  # noqa: PLW2901  (an unquoted no means false in YAML)
+        try:
+            checked[key] = TypeAdapter(types[key]).validate_python(value)
+        except ValidationError as error:
+            raise UserError(
+                f"{file}: {key}: {error.errors()[0]['msg']}, found {value!r}"
+            ) from error
+    return checked
+
+
+def take_engine(name: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """`train --engine lightning ...` is the command `train_lightning ...`. Raises UserError."""
+    if name != "train":
+        return name, arguments
+    engine, arguments = take_option("engine", arguments, "`accelerate` or `lightning`")
+    if engine is not None and engine not in ENGINES:
+        raise UserError(f"--engine {engine} is none of: {', '.join(ENGINES)}")
+    return ENGINES[engine or "accelerate"], arguments

@@ -1,0 +1,87 @@
+"""The Hugging Face hub: a model card that says what was trained, and the upload."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from controlfill.errors import UserError
+from controlfill.files import write_whole
+from controlfill.models.controlnet import Header
+from controlfill.options import TrainOptions
+
+log = logging.getLogger(__name__)
+
+CARD = """---
+base_model: {base}
+library_name: diffusers
+pipeline_tag: image-to-image
+tags: [controlnet, inpainting, controlfill]
+---
+
+# {name}
+
+A ControlNet for `{base}` ({family}, {prediction}), trained for {step} steps with
+controlfill {version}.
+
+- conditioning: `{conditioning}`. {hint}
+- data: `{data}`, {size} px, batch {batch} x {accumulation}, learning rate {rate:g}
+- masks: {masks}, {low:.0%} to {high:.0%} of the picture
+
+```python
+import controlfill
+
+pipe = controlfill.load(control="controlnet.safetensors")
+result = pipe.{call}
+result.save("out")
+```
+
+`diffusers.ControlNetModel.from_pretrained` opens this folder too.
+"""
+
+HINTS = {
+    "masked-image": "Hint: known pixels in [0, 1], the hole exactly -1 in all three channels.",
+    "masked-image+mask": "Hint: known pixels in [0, 1], the hole -1; the mask is a fourth channel.",
+    "masked-latent+mask": "Hint: VAE latents of the picture with a grey hole; the latent mask.",
+    "image": "Hint: the conditioning picture, RGB in [0, 1].",
+}
+
+
+def write_card(folder: Path, header: Header, options: TrainOptions) -> None:
+    """Write README.md, the model card, into `folder`."""
+    name, given = header.conditioning.partition("/")[0], header.conditioning.startswith("image/")
+    low, high = options.mask_area
+    text = CARD.format(
+        base=header.base, name=folder.parent.name.lstrip("."), family=header.base_family,
+        prediction=header.prediction_type, version=header.version, step=header.step,
+        conditioning=header.conditioning, hint=HINTS[name], data=Path(options.image_dir).name,
+        size=options.image_size, batch=options.batch_size,
+        accumulation=options.gradient_accumulation_steps, rate=options.learning_rate,
+        masks="none" if given else ", ".join(options.mask_kinds), low=low, high=high,
+        call='follow("hint.png", prompt="...")' if given else
+        'inpaint("photo.jpg", "mask.png", prompt="...")',
+    )  # fmt: skip
+    write_whole(folder / "README.md", text.encode())
+
+
+def push(folder: Path, name: str, api: Any = None) -> None:
+    """Upload `folder` as the model repository `name`. Raises UserError when the hub refuses.
+
+    The token is that of `hf auth login` or HF_TOKEN; it is never an option, which would be logged.
+    """
+    if api is None:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+    try:
+        repo = api.create_repo(name, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo.repo_id, folder_path=str(folder), commit_message="controlfill training"
+        )
+    except Exception as error:  # the client raises anything from HTTP errors to ValueError
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--push_to_hub: {name} could not be uploaded ({reason}); the model is in {folder}"
+        ) from error
+    log.info("uploaded to %s", repo.repo_id)

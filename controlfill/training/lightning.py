@@ -1,0 +1,387 @@
+"""A run with PyTorch Lightning: the same objective, data, watchers and files as the other engine.
+
+Everything that decides a number is shared; Lightning brings devices, strategies, its loop and its
+checkpoints. Data order and randomness follow our own count of forward passes.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as lit
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.tuner.tuning import Tuner
+from torch import Tensor, nn
+
+from controlfill.data.sample import Batch, Source
+from controlfill.diffusion.objective import Objective, step_rng
+from controlfill.errors import UserError
+from controlfill.files import write_whole
+from controlfill.models.controlnet import HEADER_KEY
+from controlfill.options import LightningOptions, TrainOptions
+from controlfill.training.checkpoint import CKPTS, LAST, RUN, find_ckpt
+from controlfill.training.optim import Average, learning_rate, make_optimizer, set_learning_rate
+from controlfill.training.start import Run, new_folder, prepare
+from controlfill.training.step import Step
+from controlfill.training.stop import Stopped, StopSignals
+from controlfill.training.team import Team
+from controlfill.training.watchers import Watchers
+
+log = logging.getLogger(__name__)
+OnStep = Callable[[Step], None]
+
+
+def make_team(trainer: lit.Trainer, options: TrainOptions) -> Team:
+    """What the rest of the training room may know of Lightning."""
+    strategy: Any = trainer.strategy
+
+    def total(values: Tensor) -> Tensor:
+        return strategy.reduce(values.to(strategy.root_device), reduce_op="sum").cpu()
+
+    return Team(
+        rank=trainer.global_rank,
+        ranks=trainer.world_size,
+        device=strategy.root_device,
+        precision=options.mixed_precision,
+        tell=strategy.broadcast,
+        total=total,
+        autocast=trainer.precision_plugin.forward_context,
+    )
+
+
+class ControlModule(lit.LightningModule):
+    """The network that learns, as Lightning wants it; what is frozen stays outside of it."""
+
+    def __init__(
+        self, options: LightningOptions, source: Source | None, resume: Path | None, on_step: OnStep
+    ) -> None:
+        super().__init__()
+        self.asked, self.options = options, options.as_train()
+        self.source, self.resume, self.on_step = source, resume, on_step
+        self.number = 0
+        self.finding = False
+        self.lr = self.options.learning_rate
+        self.losses: list[Tensor] = []
+        self.skipped: list[str] = []
+        self.grad_norm = torch.zeros(())
+        self.average: Average | None = None
+        self.parts: tuple[Run, Objective, Watchers] | None = None
+        self.signals: StopSignals | None = None
+        self.stopped: Stopped | None = None
+
+    @property
+    def run(self) -> Run:
+        """The prepared run."""
+        assert self.parts is not None
+        return self.parts[0]
+
+    @property
+    def watchers(self) -> Watchers:
+        """What happens to each Step."""
+        assert self.parts is not None
+        return self.parts[2]
+
+    # -- before the first step
+
+    def setup(self, stage: str) -> None:
+        """Wire the run, once the processes have found each other."""
+        if self.parts is not None:
+            return
+        team = make_team(self.trainer, self.options)
+        run = prepare(self.options, team, self.source)
+        self.network = run.network
+        if self.options.ema_decay:
+            self.average = Average(run.network, self.options.ema_decay)
+        self.parts = (run, run.objective(), Watchers(run, self.average, self._save_last))
+
+    def on_train_start(self) -> None:
+        """Choose the folder, that of the run that goes on or a new one, and listen for signals."""
+        if self.finding:
+            return
+        run, profiler = self.run, cast(Any, self.trainer).profiler
+        run.step = self.number // self.options.gradient_accumulation_steps
+        own = self.resume.parent.parent if self.resume else None
+        if own is None or not own.name.startswith(RUN):
+            own = new_folder(run.options.output_dir, run.team)
+        run.folder = own
+        profiler.dirpath = own / "logs"
+        for callback in self.trainer.checkpoint_callbacks:
+            cast(ModelCheckpoint, callback).dirpath = str(run.folder / CKPTS)
+        if self.average is not None:
+            place = {n: w.to(run.team.device) for n, w in self.average.weights.items()}
+            self.average.weights = place
+        self.watchers.open(self.asked)
+        self.signals = StopSignals(run.team).__enter__()
+
+    def on_train_end(self) -> None:
+        """Give the signals back."""
+        if self.signals is not None:
+            self.signals.__exit__(None, None, None)
+
+    def train_dataloader(self) -> Any:
+        """The batches of the present epoch, from where it was left."""
+        run, micro = self.run, self.options.gradient_accumulation_steps
+        per_epoch = run.steps_per_epoch
+        step = self.number // micro
+        stop = (step // per_epoch + 1) * per_epoch
+        loader = run.batches(step, stop)
+        return Remaining(loader, per_epoch * micro)
+
+    def val_dataloader(self) -> Any:
+        """Nothing: what is measured after an epoch is measured by the watchers."""
+        return []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The same optimizer as the other engine's."""
+        return make_optimizer(self.network, self.options)
+
+    # -- a forward pass
+
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """Our batches move themselves."""
+        return batch.to(device)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Set the learning rate, a function of the step."""
+        if self.finding:
+            return
+        step = self.number // self.options.gradient_accumulation_steps
+        set_learning_rate(self._optimizer(), learning_rate(step, self.run.total, self.options))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Noise the pictures, let ControlNet and frozen UNet predict, compare."""
+        assert self.parts is not None
+        rng = step_rng(self.options.seed, self.run.team.rank, self.number)
+        loss = self.parts[1](self.network, batch, rng).mean()
+        self.losses.append(loss.detach())
+        self.skipped += batch.skipped
+        self.number += 1
+        return loss
+
+    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
+        """Clip by norm as the other engine does, and keep the norm for the log."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            scaler.unscale_(self._optimizer())
+        most = self.options.max_grad_norm or math.inf
+        wrapped: Any = self.trainer.strategy.model
+        # FSDP shards gradients, and its wrapper alone knows their norm.
+        clip = getattr(wrapped, "clip_grad_norm_", None)
+        if clip is not None:
+            self.grad_norm = clip(most)
+        else:
+            self.grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), most)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return self.trainer.optimizers[0]
+
+    # -- after a step
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """After the last forward pass of a step: average, watch, and leave if asked to."""
+        micro = self.options.gradient_accumulation_steps
+        if self.number % micro or self.finding:
+            return
+        step = self._make_step(batch)
+        self.run.step = step.index
+        if self.average is not None:
+            self.average.update(self.network, step.index)
+        self.log(
+            "train/loss", step.loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=1
+        )
+        self.watchers(step)
+        self.on_step(step)
+        if self.signals is not None and self.signals.received(step):
+            self.watchers.save(step)
+            # Lightning ends the whole process on a KeyboardInterrupt; so ours is raised later.
+            self.stopped = Stopped(step.index, self.run.folder)
+            self.trainer.should_stop = True
+
+    def _make_step(self, batch: Batch) -> Step:
+        micro, team = self.options.gradient_accumulation_steps, self.run.team
+        step = Step(
+            index=self.number // micro,
+            total=self.run.total,
+            loss=torch.stack(self.losses).mean(),
+            grad_norm=self.grad_norm,
+            learning_rate=self._optimizer().param_groups[0]["lr"],
+            images=len(batch.prompts) * micro * team.ranks,
+            skipped=self.skipped,
+        )
+        self.losses, self.skipped = [], []
+        self.last = step
+        return step
+
+    def on_train_epoch_end(self) -> None:
+        """Validate, with the same masks, noise and times every time."""
+        if not self.finding and self.stopped is None:
+            for name, value in self.watchers.validate(self.last).items():
+                self.log(name, value)
+
+    # -- checkpoints
+
+    def _save_last(self, step: Step) -> None:
+        """`last.ckpt`: all that is needed to go on exactly."""
+        self.trainer.save_checkpoint(self.run.folder / CKPTS / LAST)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the place in the data, the averages, and what the network is."""
+        run = self.run
+        checkpoint[HEADER_KEY] = {
+            "number": self.number,
+            "options": run.options.as_dict(),
+            "header": asdict(run.header),
+            "config": dict(run.network.config),
+            "average": self.watchers.averages,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the place in the data and the averages."""
+        kept = checkpoint[HEADER_KEY]
+        self.number = kept["number"]
+        if self.average is not None and kept["average"] is not None:
+            self.average.load(kept["average"])
+
+
+class Remaining:
+    """The batches left of an epoch, told of as the whole epoch: Lightning counts from its start."""
+
+    def __init__(self, loader: Any, length: int) -> None:
+        self.loader, self.length = loader, length
+
+    def __iter__(self) -> Any:
+        return iter(self.loader)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep: the place in the data is a function of the step."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to take up; having this method tells Lightning that resuming is exact."""
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints written whole or not at all, and read without running code in them."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Write through a temporary file, fsync, rename."""
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_whole(Path(path), buffer.getvalue())
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read tensors and plain values only."""
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def train_lightning(
+    options: LightningOptions, source: Source | None = None, on_step: OnStep = lambda step: None
+) -> Path:
+    """Train a ControlNet with Lightning; returns the run's folder.
+
+    `source` brings your own data; `on_step` hears of every Step. The folder holds logs/,
+    checkpoints/*.ckpt and final_model/. Raises UserError, and Stopped after a signal.
+    """
+    check_device(options)
+    resume = find_ckpt(options.resume_from_checkpoint, options.output_dir)
+    module = ControlModule(options, source, resume, on_step)
+    trainer = make_trainer(options)
+    with warnings.catch_warnings():
+        # Our loader decides on workers, and an epoch may well be shorter than the log interval.
+        warnings.filterwarnings("ignore", module="lightning.*")
+        if options.lr_find:
+            find_learning_rate(trainer, module)
+            trainer = make_trainer(options)
+        trainer.fit(module, ckpt_path=str(resume) if resume else None, weights_only=True)
+    if module.stopped is not None:
+        raise module.stopped
+    module.watchers.finish()
+    return module.run.folder
+
+
+def make_trainer(options: LightningOptions) -> lit.Trainer:
+    """The Trainer that `options` describe."""
+    monitor = "val/loss" if options.val_split else "train/loss"
+    short = monitor.replace("/", "_")
+    callbacks: list[Callback] = [
+        ModelCheckpoint(
+            monitor=monitor,
+            save_top_k=options.save_top_k,
+            every_n_epochs=options.save_every_n_epochs,
+            filename=f"controlnet-epoch={{epoch:02d}}-{short}={{{monitor}:.4f}}",
+            auto_insert_metric_name=False,
+            save_on_train_epoch_end=True,
+        )
+    ]
+    if options.early_stopping_patience is not None:
+        callbacks.append(
+            EarlyStopping(
+                monitor, patience=options.early_stopping_patience, check_on_train_epoch_end=True
+            )
+        )
+    return lit.Trainer(
+        accelerator=options.accelerator,
+        devices=1 if options.devices == -1 and options.accelerator == "cpu" else options.devices,
+        num_nodes=options.num_nodes,
+        strategy=options.strategy,
+        precision=options.precision,
+        accumulate_grad_batches=options.accumulate_grad_batches,
+        max_steps=options.max_steps if options.max_steps is not None else -1,
+        max_epochs=None if options.max_steps is not None else options.num_epochs,
+        reload_dataloaders_every_n_epochs=1,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+        profiler=options.profiler,
+        plugins=[WholeFiles()],
+        default_root_dir=str(options.output_dir),
+    )
+
+
+def find_learning_rate(trainer: lit.Trainer, module: ControlModule) -> None:
+    """Try rising rates on the first batches and take that of the steepest descent."""
+    module.finding = True
+    finder: Any = Tuner(trainer).lr_find(module, update_attr=False, num_training=50)
+    module.finding = False
+    found = finder.suggestion() if finder is not None else None
+    if found is None:
+        raise UserError(
+            "--lr_find saw no rate at which the loss falls; give --learning_rate, or more pictures"
+        )
+    log.info("--lr_find suggests a learning rate of %.2e", found)
+    module.options = replace(module.options, learning_rate=found)
+    module.number, module.losses, module.skipped = 0, [], []
+    module.parts = None
+
+
+def check_device(options: LightningOptions) -> None:
+    """Raise UserError for what Lightning would refuse in many lines."""
+    here = torch.cuda.is_available()
+    if options.accelerator == "gpu" and not here:
+        raise UserError("--accelerator gpu, but no GPU is there; use --accelerator cpu")
+    if options.precision == "16-mixed" and options.accelerator == "cpu":
+        raise UserError("--precision 16-mixed needs a GPU; bf16-mixed works on a CPU too")
+    if options.lr_find and options.devices not in (1, -1):
+        raise UserError("--lr_find works on one device; use --devices 1, then train on more")

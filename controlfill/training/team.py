@@ -1,0 +1,44 @@
+"""The team: which of several processes this is, and the few things that they must agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from controlfill.options import Precision
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Team:
+    """This process among `ranks`, whatever engine started them.
+
+    `tell(word)` gives the main process's word to all; `total(tensor)` adds a tensor up over all;
+    `autocast()` is the engine's number format for a forward pass; `unwrap` takes the network out of
+    whatever the engine put around it.
+    """
+
+    rank: int
+    ranks: int
+    device: torch.device
+    precision: Precision
+    tell: Callable[[Any], Any]
+    total: Callable[[torch.Tensor], torch.Tensor]
+    autocast: Callable[[], Any]
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """The number format of frozen weights.
+
+        On a GPU half precision saves memory; the CPU's autocast wants them in single.
+        """
+        return torch.float32 if self.device.type == "cpu" else DTYPES[self.precision]

@@ -1,0 +1,134 @@
+"""The watchers of a run: log, measure, draw, save, finish; the same for both engines."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+from torch import Tensor, nn
+
+from controlfill.data.hints import check_range
+from controlfill.files import write_folder, write_whole
+from controlfill.images import save_image
+from controlfill.inference.pipeline import Pipeline
+from controlfill.models.controlnet import SINGLE, WEIGHTS, save_controlnet
+from controlfill.options import Options
+from controlfill.training import hub, watch
+from controlfill.training.optim import Average
+from controlfill.training.start import Run
+from controlfill.training.step import Step
+from controlfill.training.validate import (
+    averaged,
+    check_requests,
+    draw_requests,
+    measure,
+)
+from controlfill.training.writers import Writers, open_writers
+
+log = logging.getLogger(__name__)
+PANEL_ROWS = 4
+
+
+class Watchers:
+    """What happens to each Step of one run, on every process; only the main one writes.
+
+    `save` is the engine's own way of writing a checkpoint.
+    """
+
+    def __init__(self, run: Run, average: Average | None, save: Callable[[Step], None]) -> None:
+        self.run, self.average, self.save_now = run, average, save
+        self.meter, self.skipped = watch.Meter(), watch.Skipped()
+        self.objective = run.objective()
+        self.panel_batch = run.first_batch(PANEL_ROWS)
+        check_range(self.panel_batch.hint, self.panel_batch.mask, run.spec)
+        check_requests(run.options, run.spec.given)
+        options = run.options
+        self.watchers = [
+            watch.every(options.log_steps, self.log),
+            watch.every(options.log_images_steps, self.draw),
+            watch.every(options.save_steps, self.save),
+        ]
+        self.writers = Writers([])
+
+    def open(self, options: Options) -> None:
+        """Write config.yaml and open the logs, in the run's folder; once that is chosen."""
+        if self.run.team.main:
+            self.writers = open_writers(self.run.options, self.run.folder, self.run.step)
+            text = yaml.safe_dump(options.as_dict(), sort_keys=False, allow_unicode=True)
+            write_whole(self.run.folder / "config.yaml", text.encode())
+
+    def __call__(self, step: Step) -> None:
+        self.meter.add(step)
+        self.skipped.add(step)
+        for watcher in self.watchers:
+            watcher(step)
+
+    @property
+    def averages(self) -> dict[str, Tensor] | None:
+        """The averaged weights, on the CPU."""
+        if self.average is None:
+            return None
+        return {name: w.cpu().contiguous() for name, w in self.average.weights.items()}
+
+    def log(self, step: Step) -> None:
+        """Write curves; stops the run when the loss is no number."""
+        self.writers.scalars(self.meter.read(), step.index)
+
+    def _pipeline(self) -> Pipeline:
+        run = self.run
+        return Pipeline(bundle=run.bundle, network=run.network, spec=run.spec)
+
+    def draw(self, step: Step) -> None:
+        """Panels of training pictures, to the logs and to logs/panels.png."""
+        if not self.run.team.main:
+            return
+        with averaged(self.run.network, self.averages), self.run.team.autocast():
+            picture = watch.draw_panels(self._pipeline(), self.panel_batch, self.run.options.seed)
+        self.writers.picture("panels", picture, step.index)
+        save_image(self.run.folder / "logs" / "panels.png", picture)
+
+    def validate(self, step: Step) -> dict[str, float]:
+        """Measure the pictures kept apart and draw the validation pictures; returns the means."""
+        run, values = self.run, {}
+        with averaged(run.network, self.averages):
+            if run.data.keep is not None:
+                values = measure(run, self.objective, run.network)
+            if run.options.validation_image and run.team.main:
+                with run.team.autocast():
+                    picture = draw_requests(self._pipeline(), run.options)
+                assert picture is not None
+                self.writers.picture("validation", picture, step.index)
+                save_image(run.folder / "logs" / f"validation-{step.index}.png", picture)
+        self.writers.scalars(values, step.index)
+        return values
+
+    def save(self, step: Step) -> None:
+        """A checkpoint, never of a broken network."""
+        watch.check_finite(float(step.loss), step.index)
+        watch.check_weights(self.run.network, step.index)
+        self.run.step = step.index
+        self.save_now(step)
+
+    def finish(self, weights: dict[str, Tensor] | None = None) -> None:
+        """Write final_model: the averaged weights if there are any, else the last ones."""
+        if self.skipped.reasons:
+            log.warning("%d pictures were skipped", len(self.skipped.reasons))
+        run = self.run
+        watch.check_weights(run.network, run.step)
+        if not run.team.main:
+            return
+        with write_folder(run.folder / "final_model") as folder:
+            kept = self.averages or weights
+            save_controlnet(run.network, folder, run.header, kept, (WEIGHTS, SINGLE))
+            hub.write_card(folder, run.header, run.options)
+        self.writers.close()
+        log.info("the trained ControlNet is in %s", run.folder / "final_model")
+        if run.options.push_to_hub:
+            hub.push(run.folder / "final_model", run.options.hub_model_id or run.folder.name)
+
+
+def unwrapped(network: nn.Module) -> Any:
+    """`network` without what compiling put around it."""
+    return getattr(network, "_orig_mod", network)

@@ -1,0 +1,80 @@
+"""The benchmarks' own promises: exact counters, honest ratios, the peer's formula."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import common, flops, stand_in, tiny
+from benchmarks.guard import compare
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.make_base(folder / "base", width=32)
+    return tiny.make_pairs(folder, count=2)
+
+
+def test_pairs_are_the_same_pictures_in_both_layouts(inputs):
+    ours = json.loads((inputs / "pairs/train.jsonl").read_text().splitlines()[1])
+    theirs = json.loads((inputs / "imagefolder/metadata.jsonl").read_text().splitlines()[1])
+    assert list(ours.values()) == list(theirs.values())
+    first, second = (
+        (inputs / layout / row[column]).read_bytes()
+        for layout, row, column in (
+            ("pairs", ours, "conditioning_image"),
+            ("imagefolder", theirs, "conditioning_image_file_name"),
+        )
+    )
+    assert first == second
+    with Image.open(inputs / "pairs" / ours["image"]) as picture:
+        assert picture.size == (640, 480)
+
+
+def test_our_loss_and_gradient_are_those_of_the_stock_formula(inputs):
+    found = compare(inputs / "base", inputs / "pairs", size=64, count=2)
+    assert found["equal"]
+    assert 0.5 < found["loss"] < 2
+
+
+def test_nothing_frozen_learns_and_freezing_saves_memory():
+    memory = flops.compare_bytes()
+    assert flops.check({}, memory) == []
+    assert flops.check({}, {**memory, "ratio": 1.0}) == [
+        "freezing the UNet saves too little: 1.00x"
+    ]
+
+
+def test_a_step_that_does_more_work_is_noticed():
+    fine = {"frozen": 1, "ratio": 1.4, "learners": {"unet": 0, "vae": 0, "control": 1}}
+    assert flops.check({"step": flops.SD15_512["step"] * 1.005}, fine) == []
+    (wrong,) = flops.check({"step": flops.SD15_512["step"] * 1.02}, fine)
+    assert wrong.startswith("step: 3.463 TFLOP")
+
+
+def test_the_stand_in_crops_and_scales_as_torchvision_does():
+    pixels = np.zeros((480, 640, 3), np.uint8)
+    pixels[:, 320:] = 255
+    tensor = stand_in.stock_transform(256, normalize=True)(Image.fromarray(pixels))
+    assert tensor.shape == (3, 256, 256)
+    assert torch.equal(tensor[:, :, :126], -torch.ones(3, 256, 126))
+    assert torch.equal(tensor[:, :, 130:], torch.ones(3, 256, 126))
+
+
+def test_ratios_are_taken_within_a_round():
+    assert common.ratio([2.0, 6.0, 3.0], [1.0, 2.0, 2.0]) == {
+        "median": 2.0, "min": 1.5, "max": 3.0, "runs": 3,
+    }  # fmt: skip
+
+
+def test_results_name_machine_and_versions(tmp_path):
+    common.report("name", {"speed": 2.0}, ["twice as fast"], tmp_path)
+    page, result = sorted(tmp_path.iterdir(), key=lambda file: file.suffix, reverse=True)
+    written = json.loads(result.read_text())
+    assert written["figures"] == {"speed": 2.0}
+    assert {"python", "torch"} <= set(written["versions"])
+    assert written["machine"]["cores"] >= 1
+    assert "twice as fast" in page.read_text()
