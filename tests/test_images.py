@@ -102,6 +102,20 @@ def test_large_jpegs_are_decoded_smaller_but_never_too_small():
     assert min(images.open_image(data, at_least=160).size) >= 160
 
 
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("size", [(64, 48), (33, 25), (17, 9), (1, 1)])
+def test_the_fast_jpeg_decoder_equals_pillows(subsampling, progressive, size):
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 7, 3)).astype(np.uint8)
+    picture = Image.fromarray(pixels).resize(size)
+    for quality in (30, 90):
+        data = encoded(
+            picture, "JPEG", quality=quality, subsampling=subsampling, progressive=progressive
+        )
+        with Image.open(io.BytesIO(data)) as opened:
+            np.testing.assert_array_equal(images.open_image(data).rgb, np.asarray(opened))
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [(b"just some text", "is not a picture"), (b"", "is not a picture")],

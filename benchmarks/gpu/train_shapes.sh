@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Rows 3 and 4 of QUEUE.md: training steps at full size, the stock loop's and ours, checked and timed.
-# FAMILY is sd15 or sdxl. WHEELS is a folder of wheels for what the machine lacks (diffusers, tyro).
+# FAMILY is sd15 or sdxl. WHEELS is a folder of wheels for what the machine lacks (diffusers, tyro, docstring_parser).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 FAMILY=${FAMILY:-sd15}

@@ -21,6 +21,8 @@ Size = tuple[int, int]
 # Where objects come from: called only when an object mask is wanted, since they cost time to draw.
 Objects = Callable[[], Sequence[np.ndarray]]
 TRIES = 8
+# What blurred noise above zero covers, give or take.
+NOISE_SHARE = 0.5
 
 
 def no_objects() -> Sequence[np.ndarray]:
@@ -89,13 +91,17 @@ def boxes(size: Size, rng: np.random.Generator) -> np.ndarray:
     return mask
 
 
-def noise(size: Size, rng: np.random.Generator) -> np.ndarray:
-    """Blurred Gaussian noise above zero (GLID: kernel 35, sigma 0.1 to 5, at an eighth of size)."""
+def noise(size: Size, rng: np.random.Generator, share: float | None = None) -> np.ndarray:
+    """Blurred Gaussian noise above zero (GLID: kernel 35, sigma 0.1 to 5, at an eighth of size).
+
+    With `share`, above the level that leaves about that share of the picture white.
+    """
     small = [max(4, side // 8) for side in size]
     field = rng.standard_normal(small).astype(np.float32)
     field = cv2.GaussianBlur(field, (35, 35), rng.uniform(0.1, 5), borderType=cv2.BORDER_REFLECT)
+    level = 0.0 if share is None else float(np.quantile(field, 1 - share))
     smooth = cv2.resize(field, size[::-1], interpolation=cv2.INTER_CUBIC)
-    return np.where(smooth > 0, 255, 0).astype(np.uint8)
+    return np.where(smooth > level, 255, 0).astype(np.uint8)
 
 
 def border(size: Size, rng: np.random.Generator) -> np.ndarray:
@@ -172,35 +178,51 @@ def box_around(mask: np.ndarray, margin: int) -> np.ndarray:
 
 def area_of(mask: np.ndarray) -> float:
     """Share of the picture that is white."""
-    return float((mask > 0).mean())
+    return cv2.countNonZero(mask) / mask.size
 
 
 def fit_area(mask: np.ndarray, area: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
     """Grow or shrink `mask` along its own outline until its area lies in `area`, exactly.
 
-    Pixels are ranked by their signed distance to the outline, ties broken at random.
+    Pixels are taken ring by ring; within the ring that would go too far, at random.
     """
     low, high = (share * mask.size for share in area)
-    count = int((mask > 0).sum())
+    count = cv2.countNonZero(mask)
     if low <= count <= high:
         return mask
-    wanted = max(1, int(np.ceil(low)) if count < low else int(np.floor(high)))
+    grows = count < low
+    wanted = max(1, int(np.ceil(low)) if grows else int(np.floor(high)))
     if not count:
         mask = mask.copy()
         mask.flat[rng.integers(mask.size)] = 255
-    depth = (signed_distance(mask) + rng.uniform(0, 1e-3, mask.shape)).ravel()
-    fitted = np.zeros(mask.size, np.uint8)
-    fitted[np.argpartition(-depth, wanted - 1)[:wanted]] = 255
-    return fitted.reshape(mask.shape)
+    rings = outline_rings(mask, grows)
+    totals = np.cumsum(np.bincount(rings.ravel()))
+    # White is what lies up to a ring outside the outline, or deeper than a ring inside of it.
+    ring = int(np.searchsorted(totals, wanted if grows else mask.size - wanted))
+    white = rings <= ring if grows else rings > ring
+    found = cv2.countNonZero(white.view(np.uint8))
+    if not low <= found <= high:
+        _trim(white, rings == ring, found - wanted, rng)
+    return np.where(white, 255, 0).astype(np.uint8)
 
 
-def signed_distance(mask: np.ndarray) -> np.ndarray:
-    """Distance of each pixel to the outline, positive inside; a full mask ends at the rim."""
+def _trim(white: np.ndarray, ring: np.ndarray, surplus: int, rng: np.random.Generator) -> None:
+    """Take `surplus` pixels of `ring` out of `white` at random; put them in if it is negative."""
+    chosen = rng.choice(np.flatnonzero(ring), abs(surplus), replace=False)
+    white.flat[chosen] = surplus < 0
+
+
+def outline_rings(mask: np.ndarray, outside: bool) -> np.ndarray:
+    """Distance to the white part, or with `outside` False to the black one, in eighths of a pixel.
+
+    uint16 (H, W). Beyond the picture all is as at its rim; a full mask ends there.
+    """
     beyond = cv2.BORDER_CONSTANT if mask.all() else cv2.BORDER_REPLICATE
     framed = cv2.copyMakeBorder(mask, 1, 1, 1, 1, beyond)
-    inside = cv2.distanceTransform(framed, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    outside = cv2.distanceTransform(255 - framed, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    return np.where(framed > 0, inside, -outside)[1:-1, 1:-1]
+    distance = cv2.distanceTransform(
+        255 - framed if outside else framed, cv2.DIST_L2, cv2.DIST_MASK_5
+    )
+    return np.minimum(distance[1:-1, 1:-1] * 8, 65535).astype(np.uint16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +265,9 @@ def draw_mask(
             return fit_area(found, area, rng)
         kind = "strokes"
     mask = full(size, rng)
+    if kind == "noise" and not area[0] <= NOISE_SHARE <= area[1]:
+        # Above zero it would nearly always cover half of the picture, and be shrunk.
+        return fit_area(noise(size, rng, rng.uniform(*area)), area, rng)
     for _ in range(TRIES):
         mask = MASKS[kind](size, rng)
         if kind == "full" or area[0] <= area_of(mask) <= area[1]:

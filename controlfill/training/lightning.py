@@ -300,6 +300,8 @@ def train_lightning(
     `source` brings your own data; `on_step` hears of every Step. The folder holds logs/,
     checkpoints/*.ckpt and final_model/. Raises UserError, and Stopped after a signal.
     """
+    # Its own lines would drown ours.
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     check_device(options)
     resume = find_ckpt(options.resume_from_checkpoint, options.output_dir)
     module = ControlModule(options, source, resume, on_step)

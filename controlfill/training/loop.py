@@ -49,6 +49,11 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU; bf16 works on a CPU too")
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise UserError(
+            f"this engine does not split weights over processes ({accelerator.distributed_type}); "
+            "launch it with plain MULTI_GPU, as configs/accelerate/multi_gpu.yaml does"
+        )
     return accelerator
 
 

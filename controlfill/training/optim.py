@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from controlfill.errors import UserError
 from controlfill.options import TrainOptions
 
 
@@ -27,14 +29,22 @@ def learning_rate(step: int, total: int, options: TrainOptions) -> float:
     return options.learning_rate * rise * fall
 
 
-def make_optimizer(network: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW over all weights of `network`; the fused kernel is three times faster."""
-    return torch.optim.AdamW(
-        network.parameters(),
-        lr=options.learning_rate,
-        weight_decay=options.adam_weight_decay,
-        fused=True,
-    )
+def make_optimizer(network: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
+    """AdamW over all weights of `network`; the fused kernel is three times faster.
+
+    With `use_8bit_adam` that of bitsandbytes, whose moments take a quarter of the memory. Raises
+    UserError without it.
+    """
+    common: Any = {"lr": options.learning_rate, "weight_decay": options.adam_weight_decay}
+    if not options.use_8bit_adam:
+        return torch.optim.AdamW(network.parameters(), fused=True, **common)
+    try:
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UserError(
+            "--use_8bit_adam needs bitsandbytes: pip install 'controlfill[bnb]', or leave it out"
+        ) from error
+    return AdamW8bit(network.parameters(), **common)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

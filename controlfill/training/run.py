@@ -56,7 +56,7 @@ def train(options: TrainOptions, source: Source | None = None) -> Iterator[Step]
     """
     accelerator = make_accelerator(options)
     team = make_team(accelerator)
-    resume = find_start(options)
+    resume = team.tell(find_start(options) if team.main else None)
     run = prepare(options, team, source)
     optimizer = make_optimizer(run.network, options)
     if resume:

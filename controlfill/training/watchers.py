@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
+import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from controlfill.data.hints import check_range
 from controlfill.files import write_folder, write_whole
@@ -73,8 +73,11 @@ class Watchers:
         return {name: w.cpu().contiguous() for name, w in self.average.weights.items()}
 
     def log(self, step: Step) -> None:
-        """Write curves; stops the run when the loss is no number."""
-        self.writers.scalars(self.meter.read(), step.index)
+        """Write curves, the loss as the mean over all processes; stops when one is no number."""
+        team, values = self.run.team, self.meter.read()
+        shares = team.total(torch.tensor([values["train/loss"]], dtype=torch.float64))
+        values["train/loss"] = float(shares) / team.ranks
+        self.writers.scalars(values, step.index)
 
     def _pipeline(self) -> Pipeline:
         run = self.run
@@ -127,8 +130,3 @@ class Watchers:
         log.info("the trained ControlNet is in %s", run.folder / "final_model")
         if run.options.push_to_hub:
             hub.push(run.folder / "final_model", run.options.hub_model_id or run.folder.name)
-
-
-def unwrapped(network: nn.Module) -> Any:
-    """`network` without what compiling put around it."""
-    return getattr(network, "_orig_mod", network)

@@ -21,8 +21,8 @@ def rich_run(small_run):
     """A run with all that could tell the engines apart: accumulation, clipping, EMA, warm-up."""
     return replace(
         small_run, gradient_accumulation_steps=2, max_grad_norm=0.05, ema_decay=0.9,
-        lr_warmup_steps=3, lr_scheduler="cosine", proportion_empty_prompts=0.3, max_train_samples=11,
-        max_steps=8, save_steps=1,
+        lr_warmup_steps=3, lr_scheduler="cosine", proportion_empty_prompts=0.3,
+        max_train_samples=11, max_steps=8, save_steps=1,
     )  # fmt: skip
 
 

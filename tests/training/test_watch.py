@@ -7,7 +7,7 @@ import torch
 
 from controlfill.errors import UserError
 from controlfill.training import watch
-from controlfill.training.loop import Step
+from controlfill.training.step import Step
 
 
 def step(index, loss=1.0, skipped=(), total=10):

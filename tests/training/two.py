@@ -1,0 +1,59 @@
+"""Trains on as many processes as the launcher started, and writes what each of them ended with.
+
+torchrun --nproc_per_node 2 tests/training/two.py OUT
+"""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from controlfill.data.sample import PreparedSource
+from controlfill.options import TrainOptions
+from controlfill.training import run as running
+from controlfill.training.run import train
+
+
+def options_of(out: Path) -> TrainOptions:
+    return TrainOptions(
+        image_dir="world:shapes", pretrained_model_name_or_path="embedded", image_size=64,
+        batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.05, learning_rate=1e-3,
+        lr_scheduler="linear", lr_warmup_steps=1, max_steps=3, save_steps=2, log_steps=1,
+        log_images_steps=3, val_split=0.2, validation_steps=2, max_train_samples=30,
+        num_workers=0, ema_decay=0.5, output_dir=out,
+    )  # fmt: skip
+
+
+def main() -> None:
+    out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    seen, rates, networks = [], [], []
+    get, prepare = PreparedSource.__getitem__, running.prepare
+
+    def note(self, place):
+        seen.append((place[0], int(self.indices[place[1]])))
+        return get(self, place)
+
+    def keep(*arguments):
+        networks.append(prepare(*arguments))
+        return networks[0]
+
+    running.prepare = keep
+    options = options_of(out)
+    resumed = "resume" in sys.argv
+    if resumed:
+        options = replace(options, max_steps=5, resume_from_checkpoint="latest")
+    for step in train(options):
+        rates.append(step.learning_rate)
+        if step.index == 1:
+            PreparedSource.__getitem__ = note
+    weights = {n: p.detach().clone() for n, p in networks[0].network.named_parameters()}
+    about = {"rates": repr(rates), "seen": repr(seen)}
+    save_file(weights, out / f"rank-{rank}{'-resumed' if resumed else ''}.safetensors", about)
+
+
+if __name__ == "__main__":
+    main()
