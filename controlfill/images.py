@@ -255,7 +255,12 @@ def to_tensor(images: np.ndarray) -> Tensor:
     """uint8 (..., H, W, C) as float (..., C, H, W) in [0, 1]."""
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(images)).movedim(-1, -3).float() / 255
+    return from_bytes(torch.from_numpy(np.ascontiguousarray(images)))
+
+
+def from_bytes(images: Tensor) -> Tensor:
+    """A uint8 tensor (..., H, W, C) as float (..., C, H, W) in [0, 1], on its own device."""
+    return images.movedim(-1, -3).float() / 255
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -94,7 +94,7 @@ def save_controlnet(
 def find_controlnet(where: str) -> Path:
     """The weights file that `where` means: a file, a folder, a run, or `embedded`.
 
-    Raises UserError when there is none.
+    A folder of runs means its newest. Raises UserError when there is none.
     """
     path = embedded.CONTROL_FOLDER if where == embedded.EMBEDDED else Path(where)
     if path.is_file():
@@ -112,6 +112,9 @@ def find_controlnet(where: str) -> Path:
     for file in (path / "checkpoints" / "last.ckpt", *sorted(path.glob("*.ckpt"))):
         if file.is_file():
             return file
+    runs = sorted(path.glob("controlnet_inpainting_*"))
+    if runs:
+        return find_controlnet(str(runs[-1]))
     raise UserError(f"{where} holds no ControlNet: {WEIGHTS} is missing")
 
 

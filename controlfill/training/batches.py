@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from controlfill.data.buckets import batches_per_epoch, epoch_of_buckets
 from controlfill.data.hints import Spec
-from controlfill.data.sample import Batch, PreparedSource, Sample, collate
+from controlfill.data.sample import PreparedSource, Sample, Stack, stack
 from controlfill.data.streams import PreparedStream
 from controlfill.options import TrainOptions
 
@@ -134,10 +134,10 @@ def count_steps(order: Order, options: TrainOptions, ranks: int) -> int:
     return options.num_epochs * steps_per_epoch(order, options, ranks)
 
 
-def collate_prepared(items: Sequence[tuple[Sample, list[str]]], spec: Spec) -> Batch:
-    """A batch of what PreparedSource gives."""
+def collate_prepared(items: Sequence[tuple[Sample, list[str]]], spec: Spec) -> Stack:
+    """A batch of what PreparedSource gives, still in bytes."""
     skipped = [name for _, names in items for name in names]
-    return collate([sample for sample, _ in items], spec, skipped)
+    return stack([sample for sample, _ in items], spec, skipped)
 
 
 def calm_worker(_: int) -> None:

@@ -22,7 +22,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor, nn
 
-from controlfill.data.sample import Batch, Source
+from controlfill.data.sample import Batch, Source, Stack
 from controlfill.diffusion.objective import Objective, step_rng
 from controlfill.errors import UserError
 from controlfill.files import write_whole
@@ -147,7 +147,7 @@ class ControlModule(lit.LightningModule):
     # -- a forward pass
 
     def transfer_batch_to_device(
-        self, batch: Batch, device: torch.device, dataloader_idx: int
+        self, batch: Stack, device: torch.device, dataloader_idx: int
     ) -> Batch:
         """Our batches move themselves."""
         return batch.to(device)

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from controlfill.data.sample import Batch
+from controlfill.data.sample import Stack
 from controlfill.diffusion.objective import Objective, step_rng
 from controlfill.errors import UserError
 from controlfill.options import Precision, TrainOptions
@@ -86,7 +86,7 @@ def train_loop(
     objective: Objective,
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: Iterable[Batch],
+    batches: Iterable[Stack],
     plan: Plan,
 ) -> Iterator[Step]:
     """Yield a Step after each optimizer step, from `plan.start` + 1 to `plan.total`."""

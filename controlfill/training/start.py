@@ -138,7 +138,7 @@ class Run:
             count, of = min(most, len(learn)), learn.bucket_of()
             same = np.arange(count) if of is None else np.nonzero(of == of[0])[0][:count]
             items = [learn[0, int(place)] for place in same]
-        return collate_prepared(items, self.spec)
+        return collate_prepared(items, self.spec).to("cpu")
 
 
 def prepare(options: TrainOptions, team: Team, source: Source | None = None) -> Run:

@@ -37,7 +37,9 @@ def test_masks_are_the_same_for_0_and_4_workers():
             collate_fn=functools.partial(collate_prepared, spec=SPEC),
             worker_init_fn=calm_worker,
         )
-        return torch.stack([torch.cat([b.mask, b.hint], dim=1) for b in loader])
+        return torch.stack(
+            [torch.cat([b.mask, b.hint], dim=1) for b in (s.to("cpu") for s in loader)]
+        )
 
     assert torch.equal(masks(0), masks(4))
 

@@ -34,7 +34,7 @@ def shorter(command):
 def place(tmp_path_factory):
     """A folder with what a checkout has; results stay there."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("docs", "configs", "train.py", "infer.py"):
+    for name in ("docs", "configs", "train.py", "train_lightning.py", "infer.py"):
         (folder / name).symlink_to(ROOT / name)
     return folder
 

@@ -71,12 +71,10 @@ def test_the_learning_rate_is_that_of_one_process(launched):
 
 
 def test_no_rank_reads_anothers_pictures(launched):
-    kept = set(range(24))  # 30 pictures less a fifth
-    learned = [{place for place in about(launched, r)["seen"] if place[0] == 0} for r in range(2)]
-    assert learned[0]
-    assert not learned[0] & learned[1] - {(0, i) for i in range(30) if i not in kept} or True
-    order_seen = about(launched, 0)["seen"] + about(launched, 1)["seen"]
-    assert len(order_seen) == len(set(order_seen))
+    first, second = (set(about(launched, rank)["seen"]) for rank in range(2))
+    assert len(first) >= 8  # two steps of two passes of two pictures, and its share of validation
+    assert len(second) >= 8
+    assert not first & second
 
 
 def test_two_processes_are_one_with_the_doubled_batch(launched, tmp_path):
