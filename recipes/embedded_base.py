@@ -5,7 +5,10 @@
 It saves as it goes and goes on where it stopped when the same command is given again. The
 ControlNet beside the base is trained afterwards by the project's own command:
 
-    python train.py --config configs/embedded_inpaint.yaml
+    python recipes/embedded_control.py --base outputs/embedded/base --out outputs/embedded/start
+    python train.py --config configs/embedded_inpaint.yaml \
+        --pretrained_model_name_or_path outputs/embedded/base \
+        --controlnet_model_name_or_path outputs/embedded/start
 """
 
 from __future__ import annotations
@@ -213,7 +216,6 @@ def train_unet(
     latents: tuple[Tensor, Tensor],
     tokenizer: Any,
     trainee: Trainee,
-    batch: int,
 ) -> None:
     """Teach text encoder and UNet to predict v on the cached latents."""
     text_encoder, unet = (trainee.modules[name] for name in ("text_encoder", "unet"))
@@ -225,7 +227,7 @@ def train_unet(
     captions = [world.draw(seed, (8, 8)).truth.caption for seed in range(options.pictures)]
     tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids
-    batches = order(options.pictures, batch, trainee.step)
+    batches = order(options.pictures, options.unet_batch, trainee.step)
 
     def loss_of_step(step: int) -> Tensor:
         rng = torch.Generator().manual_seed(step)
@@ -254,15 +256,12 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=None, help="default: WORK_DIR/base")
     parser.add_argument("--world", default="shapes")
     parser.add_argument("--size", type=int, default=embedded.IMAGE_SIZE)
-    parser.add_argument("--pictures", type=int, default=60_000)
-    parser.add_argument("--vae_steps", type=int, default=1800)
-    parser.add_argument("--vae_batch", type=int, default=32)
-    parser.add_argument("--unet_steps", type=int, default=3600)
-    parser.add_argument("--unet_batch", type=int, default=64)
+    parser.add_argument("--pictures", type=int, default=30_000)
+    parser.add_argument("--vae_steps", type=int, default=2600)
+    parser.add_argument("--vae_batch", type=int, default=16)
+    parser.add_argument("--unet_steps", type=int, default=7500)
+    parser.add_argument("--unet_batch", type=int, default=24)
     parser.add_argument("--unet_lr", type=float, default=2e-3)
-    parser.add_argument("--tune_steps", type=int, default=8000)
-    parser.add_argument("--tune_batch", type=int, default=16)
-    parser.add_argument("--tune_lr", type=float, default=1e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     options.out = options.out or options.work_dir / "base"
@@ -282,12 +281,9 @@ def main() -> None:
     latents = encode_world(vae, factor, options, world)
     modules = {"text_encoder": embedded.make_text_encoder(tokenizer), "unet": embedded.make_unet()}
     text_encoder, unet = (module.to(options.device) for module in modules.values())
-    for name, steps, batch, rate in (
-        ("unet", options.unet_steps, options.unet_batch, options.unet_lr),
-        ("tuned", options.tune_steps, options.tune_batch, options.tune_lr),
-    ):
-        trainee = Trainee(modules, options.work_dir / f"{name}.pt", steps, rate)
-        train_unet(options, world, latents, tokenizer, trainee, batch)
+    file = options.work_dir / "unet.pt"
+    trainee = Trainee(modules, file, options.unet_steps, options.unet_lr)
+    train_unet(options, world, latents, tokenizer, trainee)
     half(text_encoder, options.out / "text_encoder")
     half(unet, options.out / "unet")
     embedded.write_index(options.out)

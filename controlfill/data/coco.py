@@ -165,6 +165,8 @@ class CocoSource:
     `missing` names the annotated pictures that are not in the folder; they are left out.
     """
 
+    has_hints = False
+
     def __init__(
         self, image_dir: Path, ann_file: Path, captions_file: Path | None, at_least: int
     ) -> None:

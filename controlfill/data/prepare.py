@@ -136,7 +136,7 @@ def _encode(sample: Sample, image_format: str) -> dict[str, bytes]:
 def encode_image(image: np.ndarray, image_format: str) -> bytes:
     """uint8 (H, W[, 3]) as the bytes of a "png" (exact) or a "jpg" (nearly so)."""
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image
-    done, data = cv2.imencode(f".{image_format}", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    done, data = cv2.imencode(f".{image_format}", bgr, ENCODING[image_format])
     assert done, f"no pictures can be written as {image_format}"
     return data.tobytes()
 
@@ -225,3 +225,5 @@ def prepare_shards(options: PrepareShardsOptions, report: Report = say_nothing) 
 
 
 HINT_MAKERS = {"edges": edges}
+# What OpenCV is told of each format.
+ENCODING = {"png": [], "jpg": [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]}

@@ -24,6 +24,8 @@ WORLD_EPOCH = 1_000_000
 class WorldSource:
     """Pictures of a procedural world from seed `first` on, drawn at `side` pixels."""
 
+    has_hints = False
+
     def __init__(self, world: World, side: int, first: int = 0, count: int = WORLD_EPOCH) -> None:
         self.world, self.side, self.first, self.count = world, side, first, count
 
@@ -50,6 +52,8 @@ class WorldSource:
 
 class FolderSource:
     """The pictures below a folder, captions in .txt files of the same name, masks in a folder."""
+
+    has_hints = False
 
     def __init__(self, image_dir: Path, mask_dir: Path | None, at_least: int) -> None:
         self.image_dir, self.mask_dir, self.at_least = image_dir, mask_dir, at_least

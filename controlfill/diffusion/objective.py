@@ -16,6 +16,8 @@ from controlfill.diffusion.losses import Weighting, hole_weights, snr_weights, s
 from controlfill.diffusion.noise import NoiseSchedule
 from controlfill.models.bundle import Bundle
 
+GOLDEN = (5**0.5 - 1) / 2
+
 
 def step_rng(seed: int, rank: int, micro_batch: int) -> torch.Generator:
     """The randomness of one forward pass, a function of its place in the run and nothing else."""
@@ -67,14 +69,17 @@ class Objective:
         return losses
 
     @torch.no_grad()
-    def measure(self, network: nn.Module, batch: Batch, rng: torch.Generator) -> Measured:
-        """Errors for validation: nothing dropped or weighted, times spread evenly over the batch.
+    def measure(
+        self, network: nn.Module, batch: Batch, rng: torch.Generator, first: int
+    ) -> Measured:
+        """Errors for validation: nothing dropped or weighted.
 
-        The same `rng` gives the same noise and times, so one step compares with another.
+        The same `rng` gives the same noise, so one step compares with another. Times follow from
+        the place of the picture, that of the batch's first being `first`: by steps of the golden
+        ratio any number of pictures is spread evenly.
         """
-        count = len(batch.prompts)
-        offset = torch.rand((), generator=rng)
-        timesteps = ((torch.arange(count) + offset) / count * self.schedule.steps).long()
+        places = first + torch.arange(len(batch.prompts), dtype=torch.float64)
+        timesteps = ((0.5 + places * GOLDEN) % 1 * self.schedule.steps).long()
         errors = self._errors(network, batch, timesteps, rng)
         cells = latent_mask(batch.mask, self.bundle.factor).to(errors)
         hole, known = split_means(errors, cells)

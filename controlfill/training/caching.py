@@ -148,6 +148,8 @@ def encode_batch(bundle: Bundle, cuts: list[tuple[str, np.ndarray]]) -> dict[str
         same = [(key, cut) for key, cut in cuts if cut.shape == size]
         image = to_tensor(np.stack([cut for _, cut in same])).to(bundle.device)
         encoded = bundle.encode_moments(image * 2 - 1).cpu()
+        # Arrays know no bfloat16, and means of latents are small numbers.
+        encoded = encoded if encoded.dtype == torch.float32 else encoded.half()
         parts = zip(same, encoded, strict=True)
         moments |= {key: one.contiguous().clone() for (key, _), one in parts}
     return moments

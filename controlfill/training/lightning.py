@@ -19,6 +19,7 @@ import lightning as lit
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor, nn
 
@@ -104,12 +105,12 @@ class ControlModule(lit.LightningModule):
         self.parts = (run, run.objective(), Watchers(run, self.average, self._save_last))
 
     def on_train_start(self) -> None:
-        """Choose the folder, that of the run that goes on or a new one, and listen for signals."""
+        """Choose the folder, that of the run that goes on from its end, and listen for signals."""
         if self.finding:
             return
         run, profiler = self.run, cast(Any, self.trainer).profiler
         run.step = self.number // self.options.gradient_accumulation_steps
-        own = self.resume.parent.parent if self.resume else None
+        own = self.resume.parent.parent if self.resume and self.resume.name == LAST else None
         if own is None or not own.name.startswith(RUN):
             own = new_folder(run.options.output_dir, run.team)
         run.folder = own
@@ -126,6 +127,10 @@ class ControlModule(lit.LightningModule):
         """Give the signals back."""
         if self.signals is not None:
             self.signals.__exit__(None, None, None)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Give the signals back."""
+        self.on_train_end()
 
     def train_dataloader(self) -> Any:
         """The batches of the present epoch, from where it was left."""
@@ -356,7 +361,7 @@ def make_trainer(options: LightningOptions) -> lit.Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=callbacks,
-        profiler=options.profiler,
+        profiler=PROFILERS[options.profiler](filename="profile") if options.profiler else None,
         plugins=[WholeFiles()],
         default_root_dir=str(options.output_dir),
     )
@@ -387,3 +392,6 @@ def check_device(options: LightningOptions) -> None:
         raise UserError("--precision 16-mixed needs a GPU; bf16-mixed works on a CPU too")
     if options.lr_find and options.devices not in (1, -1):
         raise UserError("--lr_find works on one device; use --devices 1, then train on more")
+
+
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}

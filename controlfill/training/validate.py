@@ -102,7 +102,8 @@ def measure(run: Run, objective: Objective, network: nn.Module) -> dict[str, flo
     for number, batch in zip(places.numbers(), batches, strict=True):
         with run.team.autocast():
             rng = step_rng(SEED, 0, number)
-            tally.add(objective.measure(network, batch.to(run.team.device), rng))
+            first = number * run.options.batch_size
+            tally.add(objective.measure(network, batch.to(run.team.device), rng, first))
     return tally.means(run.team.total(tally.sums))
 
 
