@@ -20,7 +20,7 @@ from controlfill.training.checkpoint import checkpoints_of, find_resume
 from controlfill.training.run import train
 
 KILLS = 50
-STEPS = 400
+STEPS = 120
 
 
 def options_of(base: str, out: Path) -> TrainOptions:
@@ -53,7 +53,7 @@ def life(options: TrainOptions, chance: random.Random) -> str:
     if chance.random() < 0.8:
         with os.fdopen(mine) as heard:
             first = heard.readline().strip()
-        time.sleep(chance.uniform(0, 0.5))
+        time.sleep(chance.uniform(0, 0.8))
     else:
         os.close(mine)
         first = "loading"

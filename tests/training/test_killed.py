@@ -26,7 +26,7 @@ def test_a_run_killed_50_times_ends_with_the_same_weights(narrow_base, tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "50 kills survived" in done.stdout
     begun = re.findall(r"began at (\d+)", done.stdout)
-    assert len(set(begun)) > 10  # it got on between the kills
+    assert len(set(begun)) > 5  # it got on between the kills
     spec = importlib.util.spec_from_file_location("killed", SCRIPT)
     killed = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(killed)

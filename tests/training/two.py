@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from controlfill.data.sample import PreparedSource
 from controlfill.options import TrainOptions
@@ -20,8 +21,8 @@ from controlfill.training.run import train
 def options_of(out: Path) -> TrainOptions:
     return TrainOptions(
         image_dir="world:shapes", pretrained_model_name_or_path="embedded", image_size=64,
-        batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.05, learning_rate=1e-3,
-        lr_scheduler="linear", lr_warmup_steps=1, max_steps=3, save_steps=2, log_steps=1,
+        controlnet_model_name_or_path="embedded", batch_size=2, gradient_accumulation_steps=2,
+        max_grad_norm=0.05, learning_rate=1e-3, lr_scheduler="linear", lr_warmup_steps=1, max_steps=3, save_steps=2, log_steps=1,
         log_images_steps=3, val_split=0.2, validation_steps=2, max_train_samples=30,
         num_workers=0, ema_decay=0.5, output_dir=out,
     )  # fmt: skip
@@ -42,6 +43,15 @@ def main() -> None:
         return networks[0]
 
     running.prepare = keep
+    states = {}
+
+    def before_step(optimizer, *_):
+        number = len({name.split(".")[0] for name in states}) + 1
+        for place, weight in enumerate(optimizer.param_groups[0]["params"]):
+            states[f"{number}.weight.{place}"] = weight.detach().clone()
+            states[f"{number}.grad.{place}"] = weight.grad.detach().clone()
+
+    register_optimizer_step_pre_hook(before_step)
     options = options_of(out)
     resumed = "resume" in sys.argv
     if resumed:
@@ -51,6 +61,8 @@ def main() -> None:
         if step.index == 1:
             PreparedSource.__getitem__ = note
     weights = {n: p.detach().clone() for n, p in networks[0].network.named_parameters()}
+    if rank == 0 and not resumed:
+        save_file(states, out / "steps.safetensors")
     about = {"rates": repr(rates), "seen": repr(seen)}
     save_file(weights, out / f"rank-{rank}{'-resumed' if resumed else ''}.safetensors", about)
 
