@@ -259,9 +259,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=30_000)
     parser.add_argument("--vae_steps", type=int, default=2600)
     parser.add_argument("--vae_batch", type=int, default=16)
-    parser.add_argument("--unet_steps", type=int, default=7500)
+    parser.add_argument("--unet_steps", type=int, default=12_000)
     parser.add_argument("--unet_batch", type=int, default=24)
-    parser.add_argument("--unet_lr", type=float, default=2e-3)
+    parser.add_argument("--unet_lr", type=float, default=1e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     options.out = options.out or options.work_dir / "base"

@@ -13,7 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+import diffusers
 import torch
+import torch.utils.tensorboard  # imported for every life at once
+import transformers
 
 from controlfill.options import TrainOptions
 from controlfill.training.checkpoint import checkpoints_of, find_resume
@@ -66,6 +69,11 @@ def life(options: TrainOptions, chance: random.Random) -> str:
 def main() -> None:
     base, out, chance = sys.argv[1], Path(sys.argv[2]), random.Random(int(sys.argv[3]))
     torch.set_num_threads(1)
+    # Both load their classes lazily: once here, not in each life.
+    for name in ("ControlNetModel", "AutoencoderKL", "UNet2DConditionModel", "DDPMScheduler"):
+        getattr(diffusers, name)
+    for name in ("CLIPTextModel", "CLIPTokenizer"):
+        getattr(transformers, name)
     options = options_of(base, out)
     newest = 0
     for number in range(KILLS):

@@ -22,7 +22,8 @@ def options_of(out: Path) -> TrainOptions:
     return TrainOptions(
         image_dir="world:shapes", pretrained_model_name_or_path="embedded", image_size=64,
         controlnet_model_name_or_path="embedded", batch_size=2, gradient_accumulation_steps=2,
-        max_grad_norm=0.05, learning_rate=1e-3, lr_scheduler="linear", lr_warmup_steps=1, max_steps=3, save_steps=2, log_steps=1,
+        max_grad_norm=0.05, learning_rate=1e-3, lr_scheduler="linear", lr_warmup_steps=1,
+        max_steps=3, save_steps=2, log_steps=1,
         log_images_steps=3, val_split=0.2, validation_steps=2, max_train_samples=30,
         num_workers=0, ema_decay=0.5, output_dir=out,
     )  # fmt: skip
