@@ -145,25 +145,21 @@ def calm_worker(_: int) -> None:
     cv2.setNumThreads(0)
 
 
+def reading(spec: Spec, workers: int) -> dict[str, Any]:
+    """How a DataLoader reads: at most one process per core, batches as bytes, pinned for a GPU."""
+    return {
+        "num_workers": min(workers, os.cpu_count() or 1),
+        "collate_fn": functools.partial(collate_prepared, spec=spec),
+        "worker_init_fn": calm_worker,
+        "pin_memory": torch.cuda.is_available(),
+    }
+
+
 def make_stream(stream: PreparedStream, spec: Spec, workers: int) -> DataLoader[Any]:
-    """The micro-batches of a stream, read by at most one process per core."""
-    return DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=min(workers, os.cpu_count() or 1),
-        collate_fn=functools.partial(collate_prepared, spec=spec),
-        worker_init_fn=calm_worker,
-        pin_memory=torch.cuda.is_available(),
-    )
+    """The micro-batches of a stream."""
+    return DataLoader(stream, batch_size=None, **reading(spec, workers))
 
 
 def make_batches(data: PreparedSource, places: Places, spec: Spec, workers: int) -> DataLoader[Any]:
-    """Batches in the order of `places`, read by at most one process per core."""
-    return DataLoader(
-        data,
-        batch_sampler=places,
-        num_workers=min(workers, os.cpu_count() or 1),
-        collate_fn=functools.partial(collate_prepared, spec=spec),
-        worker_init_fn=calm_worker,
-        pin_memory=torch.cuda.is_available(),
-    )
+    """Batches in the order of `places`."""
+    return DataLoader(data, batch_sampler=places, **reading(spec, workers))
