@@ -158,10 +158,19 @@ def inpaint(options: opts.InpaintOptions) -> None:
     quiet_libraries()
     from controlfill.images import as_mask, open_image
     from controlfill.inference.complete import inpaint as complete
-    from controlfill.inference.pipeline import load
 
     photo = open_image(options.image)
     hole = as_mask(open_image(options.mask), photo.size)
+    with sampling(options) as (pipeline, progress):
+        result = complete(pipeline, photo, hole, options, progress)
+    say(f"wrote {result.save(options.output_dir)}")
+
+
+@contextmanager
+def sampling(options: opts.InpaintOptions | opts.GenerateOptions) -> Iterator[tuple[Any, Any]]:
+    """The pipeline that `options` name, and a bar to tell its progress to."""
+    from controlfill.inference.pipeline import load
+
     pipeline = load(
         options.base,
         options.control,
@@ -171,11 +180,7 @@ def inpaint(options: opts.InpaintOptions) -> None:
     )
     with progress_bar() as bar:
         task = bar.add_task("sampling", total=options.num_inference_steps)
-        result = complete(
-            pipeline, photo, hole, options,
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
-    say(f"wrote {result.save(options.output_dir)}")
+        yield pipeline, lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def infer(options: opts.InferOptions) -> None:
@@ -253,19 +258,10 @@ def generate(options: opts.GenerateOptions) -> None:
     quiet_libraries()
     from controlfill.images import open_image
     from controlfill.inference.complete import follow
-    from controlfill.inference.pipeline import load
 
     hint = open_image(options.hint)
-    pipeline = load(
-        options.base, options.control, conditioning=options.conditioning, device=options.device,
-        mixed_precision=options.mixed_precision,
-    )  # fmt: skip
-    with progress_bar() as bar:
-        task = bar.add_task("sampling", total=options.num_inference_steps)
-        result = follow(
-            pipeline, hint, options,
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
+    with sampling(options) as (pipeline, progress):
+        result = follow(pipeline, hint, options, progress)
     say(f"wrote {result.save(options.output_dir, 'generated.png')}")
 
 

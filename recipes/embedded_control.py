@@ -21,7 +21,7 @@ from diffusers import ControlNetModel
 from controlfill.data.hints import open_spec
 from controlfill.files import write_folder
 from controlfill.models.bundle import load_bundle
-from controlfill.models.controlnet import Header, make_controlnet, save_controlnet
+from controlfill.models.controlnet import make_controlnet, make_header, save_controlnet
 
 
 def main() -> None:
@@ -40,14 +40,8 @@ def main() -> None:
         # What is new begins by saying nothing, like the zero convolutions.
         torch.nn.init.zeros_(attention.proj_out.weight)
         torch.nn.init.zeros_(attention.proj_out.bias)
-    header = Header(
-        conditioning=spec.label,
-        base=bundle.name,
-        base_family=bundle.family,
-        prediction_type=bundle.prediction_type,
-    )
     with write_folder(options.out) as folder:
-        save_controlnet(network, folder, header)
+        save_controlnet(network, folder, make_header(bundle, spec.label))
     weights = sum(p.numel() for p in network.parameters())
     print(f"{weights / 1e6:.2f} M weights in {options.out}")
 

@@ -25,12 +25,13 @@ class Spec:
 
     `make(image, mask)` takes the picture (B, 3, H, W) in [0, 1] and the mask (B, 1, H, W) of 0 and
     1, and returns the pixel part of the hint. Where `given`, the data brings the hint instead, a
-    picture in [0, 1] (edges, poses, layouts), and everything is generated.
+    picture in [0, 1] (edges, poses, layouts), and everything is generated. `about` tells people.
     """
 
     name: str
     channels: int
     make: Callable[[Tensor, Tensor], Tensor]
+    about: str
     at_latent_size: bool = False
     given: bool = False
     version: int = 1
@@ -111,9 +112,31 @@ def open_spec(name: str) -> Spec:
 HINTS = {
     spec.name: spec
     for spec in (
-        Spec(name="masked-image", channels=3, make=masked_image),
-        Spec(name="masked-image+mask", channels=4, make=masked_image_and_mask),
-        Spec(name="masked-latent+mask", channels=5, make=blanked_image, at_latent_size=True),
-        Spec(name="image", channels=3, make=no_hint, given=True),
+        Spec(
+            name="masked-image",
+            channels=3,
+            make=masked_image,
+            about="known pixels in [0, 1], the hole exactly -1 in all three channels",
+        ),
+        Spec(
+            name="masked-image+mask",
+            channels=4,
+            make=masked_image_and_mask,
+            about="known pixels in [0, 1], the hole -1; the mask is a fourth channel",
+        ),
+        Spec(
+            name="masked-latent+mask",
+            channels=5,
+            make=blanked_image,
+            about="VAE latents of the picture with a grey hole; the latent mask",
+            at_latent_size=True,
+        ),
+        Spec(
+            name="image",
+            channels=3,
+            make=no_hint,
+            about="the conditioning picture, RGB in [0, 1]",
+            given=True,
+        ),
     )
 }

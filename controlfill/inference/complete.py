@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +83,8 @@ def inpaint(
         )
     photo = as_photo(image)
     hole = as_mask(mask, photo.size)
-    multiple = pipeline.bundle.size_multiple
-    padded = Sample(
-        image=pad_to_multiple(photo.rgb, multiple),
-        mask=pad_to_multiple(hole, multiple),
-        prompt=options.prompt,
-    )
-    batch = collate([padded], pipeline.spec)
-    with pipeline.lock:
-        generated = to_uint8(generate_batch(pipeline, batch, options, progress))[0]
+    sample_ = Sample(image=photo.rgb, mask=hole, prompt=options.prompt)
+    generated = _generate(pipeline, sample_, options, progress)
     return _result(pipeline, photo, hole, generated, options)
 
 
@@ -110,18 +103,22 @@ def follow(
         )
     photo = as_photo(hint)
     everything = np.full(photo.size, 255, np.uint8)
-    multiple = pipeline.bundle.size_multiple
-    padded = pad_to_multiple(photo.rgb, multiple)
-    sample_ = Sample(
-        image=np.zeros_like(padded),
-        mask=pad_to_multiple(everything, multiple),
-        hint=padded,
-        prompt=options.prompt,
-    )
-    batch = collate([sample_], pipeline.spec)
-    with pipeline.lock:
-        generated = to_uint8(generate_batch(pipeline, batch, options, progress))[0]
+    nothing = np.zeros_like(photo.rgb)
+    sample_ = Sample(image=nothing, mask=everything, hint=photo.rgb, prompt=options.prompt)
+    generated = _generate(pipeline, sample_, options, progress)
     return _result(pipeline, photo, everything, generated, options)
+
+
+def _generate(
+    pipeline: Pipeline, sample_: Sample, options: SampleOptions, progress: Progress | None
+) -> np.ndarray:
+    """What the networks make of one sample, uint8, padded to the size that they can take."""
+    parts = {"image": sample_.image, "mask": sample_.mask, "hint": sample_.hint}
+    multiple = pipeline.bundle.size_multiple
+    padded = {n: pad_to_multiple(p, multiple) for n, p in parts.items() if p is not None}
+    batch = collate([replace(sample_, **padded)], pipeline.spec)
+    with pipeline.lock:
+        return to_uint8(generate_batch(pipeline, batch, options, progress))[0]
 
 
 def _result(

@@ -49,6 +49,17 @@ class Header:
     version: str = field(default_factory=own_version)
 
 
+def make_header(bundle: Bundle, conditioning: str, step: int = 0) -> Header:
+    """The header of a ControlNet trained on `bundle` with hints of `conditioning`."""
+    return Header(
+        conditioning=conditioning,
+        base=bundle.name,
+        base_family=bundle.family,
+        prediction_type=bundle.prediction_type,
+        step=step,
+    )
+
+
 def make_controlnet(
     bundle: Bundle, channels: int, *, at_latent_size: bool = False
 ) -> ControlNetModel:

@@ -12,19 +12,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from controlfill.data.buckets import Buckets, make_buckets
 from controlfill.data.cache import INDEX, TEXTS, describe
-from controlfill.data.sample import PreparedSource, Source
+from controlfill.data.sample import PreparedSource
 from controlfill.data.shards import ShardStream
 from controlfill.data.sources import make_preparation, open_source
 from controlfill.errors import UserError
-from controlfill.files import read_json, refuse_full_disk, write_json
+from controlfill.files import read_json, whole_file, write_json
 from controlfill.images import to_tensor
 from controlfill.inference.pipeline import DTYPES, pick_device
 from controlfill.models.bundle import Bundle, load_bundle
 from controlfill.options import CacheOptions
 from controlfill.training.batches import calm_worker
-from controlfill.training.start import sizes_of
+from controlfill.training.start import open_buckets
 
 PER_SHARD = 2048
 Report = Callable[[str, int, int], None]
@@ -66,7 +65,7 @@ def build_cache(options: CacheOptions, report: Report) -> tuple[Path, list[str]]
     }
     folder = options.cache_dir
     index = start_index(folder, about)
-    buckets = buckets_of(options, source, bundle)
+    buckets = open_buckets(options, source, bundle)
     data = PreparedSource(source, make_preparation(options), options.seed, buckets)
     bundle.to(pick_device(options.device), DTYPES[options.mixed_precision])
     skipped = encode_cuts(options, bundle, data, index, report)
@@ -88,13 +87,6 @@ def start_index(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
             f"{about[other]}; give another --cache_dir"
         )
     return index
-
-
-def buckets_of(options: CacheOptions, source: Source, bundle: Bundle) -> Buckets | None:
-    """The buckets that the training will use."""
-    if not options.aspect_ratio_buckets:
-        return None
-    return make_buckets(sizes_of(source), options.image_size, bundle.size_multiple)
 
 
 def encode_cuts(
@@ -168,8 +160,5 @@ def encode_texts(folder: Path, bundle: Bundle, index: dict[str, Any], report: Re
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     """Write a safetensors file whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    with refuse_full_disk(file):
+    with whole_file(file) as temporary:
         save_file(tensors, temporary)
-        temporary.replace(file)

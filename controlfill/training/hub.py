@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from controlfill.data.hints import open_spec
 from controlfill.errors import UserError
 from controlfill.files import write_whole
 from controlfill.models.controlnet import Header
@@ -25,7 +26,7 @@ tags: [controlnet, inpainting, controlfill]
 A ControlNet for `{base}` ({family}, {prediction}), trained for {step} steps with
 controlfill {version}.
 
-- conditioning: `{conditioning}`. {hint}
+- conditioning: `{conditioning}`. Hint: {hint}.
 - data: `{data}`, {size} px, batch {batch} x {accumulation}, learning rate {rate:g}
 - masks: {masks}, {low:.0%} to {high:.0%} of the picture
 
@@ -40,26 +41,19 @@ result.save("out")
 `diffusers.ControlNetModel.from_pretrained` opens this folder too.
 """
 
-HINTS = {
-    "masked-image": "Hint: known pixels in [0, 1], the hole exactly -1 in all three channels.",
-    "masked-image+mask": "Hint: known pixels in [0, 1], the hole -1; the mask is a fourth channel.",
-    "masked-latent+mask": "Hint: VAE latents of the picture with a grey hole; the latent mask.",
-    "image": "Hint: the conditioning picture, RGB in [0, 1].",
-}
-
 
 def write_card(folder: Path, header: Header, options: TrainOptions) -> None:
     """Write README.md, the model card, into `folder`."""
-    name, given = header.conditioning.partition("/")[0], header.conditioning.startswith("image/")
+    spec = open_spec(header.conditioning)
     low, high = options.mask_area
     text = CARD.format(
-        base=header.base, name=folder.parent.name.lstrip("."), family=header.base_family,
+        base=header.base, name=folder.parent.name, family=header.base_family,
         prediction=header.prediction_type, version=header.version, step=header.step,
-        conditioning=header.conditioning, hint=HINTS[name], data=Path(options.image_dir).name,
+        conditioning=header.conditioning, hint=spec.about, data=Path(options.image_dir).name,
         size=options.image_size, batch=options.batch_size,
         accumulation=options.gradient_accumulation_steps, rate=options.learning_rate,
-        masks="none" if given else ", ".join(options.mask_kinds), low=low, high=high,
-        call='follow("hint.png", prompt="...")' if given else
+        masks="none" if spec.given else ", ".join(options.mask_kinds), low=low, high=high,
+        call='follow("hint.png", prompt="...")' if spec.given else
         'inpaint("photo.jpg", "mask.png", prompt="...")',
     )  # fmt: skip
     write_whole(folder / "README.md", text.encode())

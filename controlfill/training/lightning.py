@@ -35,7 +35,7 @@ from controlfill.training.start import Run, new_folder, prepare
 from controlfill.training.step import Step
 from controlfill.training.stop import Stopped, StopSignals
 from controlfill.training.team import Team
-from controlfill.training.watchers import Watchers
+from controlfill.training.watchers import Watchers, Weights
 
 log = logging.getLogger(__name__)
 OnStep = Callable[[Step], None]
@@ -118,8 +118,7 @@ class ControlModule(lit.LightningModule):
         for callback in self.trainer.checkpoint_callbacks:
             cast(ModelCheckpoint, callback).dirpath = str(run.folder / CKPTS)
         if self.average is not None:
-            place = {n: w.to(run.team.device) for n, w in self.average.weights.items()}
-            self.average.weights = place
+            self.average.to(run.team.device)
         self.watchers.open(self.asked)
         self.signals = StopSignals(run.team).__enter__()
 
@@ -199,7 +198,6 @@ class ControlModule(lit.LightningModule):
         if self.number % micro or self.finding:
             return
         step = self._make_step(batch)
-        self.run.step = step.index
         if self.average is not None:
             self.average.update(self.network, step.index)
         self.log(
@@ -236,8 +234,8 @@ class ControlModule(lit.LightningModule):
 
     # -- checkpoints
 
-    def _save_last(self, step: Step) -> None:
-        """`last.ckpt`: all that is needed to go on exactly."""
+    def _save_last(self, step: Step, averages: Weights | None) -> None:
+        """`last.ckpt`: all that is needed to go on exactly; every .ckpt holds the averages."""
         self.trainer.save_checkpoint(self.run.folder / CKPTS / LAST)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

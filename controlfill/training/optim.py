@@ -71,6 +71,10 @@ class Average:
         new = [p.detach().float() for p in network.parameters()]
         torch._foreach_lerp_(list(self.weights.values()), new, 1 - decay)
 
+    def to(self, device: torch.device) -> None:
+        """Keep the averages on `device` from now on."""
+        self.weights = {name: w.to(device) for name, w in self.weights.items()}
+
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take over saved averages."""
         for name, tensor in self.weights.items():

@@ -33,7 +33,7 @@ from controlfill.training.optim import Average, make_optimizer
 from controlfill.training.start import Run, new_folder, prepare
 from controlfill.training.step import Step
 from controlfill.training.stop import Stopped, StopSignals
-from controlfill.training.watchers import Watchers
+from controlfill.training.watchers import Watchers, Weights
 
 log = logging.getLogger(__name__)
 # Options that may differ between a run and its continuation without changing what is learned.
@@ -65,11 +65,9 @@ def train(options: TrainOptions, source: Source | None = None) -> Iterator[Step]
     # 1) The network and the optimizer go through Accelerate, which may wrap them.
     wrapped, prepared = accelerator.prepare(run.network, optimizer)
     if average is not None:
-        average.weights = {n: w.to(team.device) for n, w in average.weights.items()}
+        average.to(team.device)
     run.folder = choose_folder(options, resume, run)
-    saver = Saver(run, accelerator, optimizer)
-    watchers = Watchers(run, average, saver)
-    saver.watchers = watchers
+    watchers = Watchers(run, average, Saver(run, accelerator, optimizer))
     watchers.open(options)
     plan = Plan(start=run.step, total=run.total, options=options, average=average)
     batches = run.batches(run.step, run.total)
@@ -78,7 +76,6 @@ def train(options: TrainOptions, source: Source | None = None) -> Iterator[Step]
         # 2) Each Step is a weight update that has happened; what follows from it happens here.
         for step in train_loop(accelerator, run.objective(), wrapped, batches=batches,
                                optimizer=prepared, plan=plan):  # fmt: skip
-            run.step = step.index
             watchers(step)
             check_now(step)
             yield step
@@ -96,9 +93,8 @@ class Saver:
         self, run: Run, accelerator: Accelerator, optimizer: torch.optim.Optimizer
     ) -> None:
         self.run, self.accelerator, self.optimizer = run, accelerator, optimizer
-        self.watchers: Watchers | None = None
 
-    def __call__(self, step: Step) -> None:
+    def __call__(self, step: Step, averages: Weights | None) -> None:
         """Write `checkpoint-<step>`, on the main process."""
         run, scaler = self.run, self.accelerator.scaler
         if not run.team.main:
@@ -108,7 +104,6 @@ class Saver:
             "options": run.options.as_dict(),
             "scaler": scaler.state_dict() if scaler is not None else {},
         }
-        averages = self.watchers.averages if self.watchers else None
         folder = run.folder / f"checkpoint-{step.index}"
         save_checkpoint(folder, run.network, run.header, self.optimizer, averages, state)
         prune(run.folder, run.options.checkpoints_total_limit)

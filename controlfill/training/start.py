@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from controlfill.data.buckets import make_buckets
+from controlfill.data.buckets import Buckets, make_buckets
 from controlfill.data.cache import LatentCache, describe, open_cache
 from controlfill.data.hints import Spec, open_spec
-from controlfill.data.sample import Batch, Preparation, PreparedSource, Source
+from controlfill.data.sample import Batch, PreparedSource, Source
 from controlfill.data.shards import ShardStream
 from controlfill.data.sources import make_preparation, open_source
 from controlfill.data.streams import PreparedStream
@@ -32,9 +32,10 @@ from controlfill.models.controlnet import (
     find_controlnet,
     load_controlnet,
     make_controlnet,
+    make_header,
     read_control_header,
 )
-from controlfill.options import TrainOptions, check_numbers
+from controlfill.options import CacheOptions, TrainOptions, check_numbers
 from controlfill.training.batches import (
     Order,
     Places,
@@ -65,10 +66,9 @@ class Data:
     A stream has no places: its order is its own.
     """
 
-    learn: PreparedSource | ShardStream
+    learn: PreparedSource | PreparedStream
     keep: PreparedSource | None
     order: Order
-    preparation: Preparation
 
 
 @dataclass(kw_only=True)
@@ -87,13 +87,7 @@ class Run:
     @property
     def header(self) -> Header:
         """What the saved network says of itself."""
-        return Header(
-            conditioning=self.spec.label,
-            base=self.bundle.name,
-            base_family=self.bundle.family,
-            prediction_type=self.bundle.prediction_type,
-            step=self.step,
-        )
+        return make_header(self.bundle, self.spec.label, self.step)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -121,19 +115,17 @@ class Run:
         """The batches of this process for the optimizer steps from `start` to `stop`."""
         options, team, data = self.options, self.team, self.data
         first, last = (step * options.gradient_accumulation_steps for step in (start, stop))
-        if isinstance(data.learn, ShardStream):
-            stream = open_stream(data, options, team)
-            return make_stream(stream.between(first, last), self.spec, options.num_workers)
+        if isinstance(data.learn, PreparedStream):
+            return make_stream(data.learn.between(first, last), self.spec, options.num_workers)
         places = Places(data.order, team.rank, team.ranks, options.overfit_batches)
         return make_batches(data.learn, places.between(first, last), self.spec, options.num_workers)
 
     def first_batch(self, most: int) -> Batch:
         """At most `most` of the pictures to learn from, of one size, always the same ones."""
         learn = self.data.learn
-        if isinstance(learn, ShardStream):
-            alone = replace(self.team, rank=0, ranks=1)
-            few = replace(self.options, batch_size=most)
-            items = next(iter(open_stream(self.data, few, alone).between(0, 1)))
+        if isinstance(learn, PreparedStream):
+            alone = PreparedStream(learn.stream, learn.preparation, learn.seed, most)
+            items = next(iter(alone.between(0, 1)))
         else:
             count, of = min(most, len(learn)), learn.bucket_of()
             same = np.arange(count) if of is None else np.nonzero(of == of[0])[0][:count]
@@ -150,7 +142,10 @@ def prepare(options: TrainOptions, team: Team, source: Source | None = None) -> 
     check_hints(given, spec)
     bundle = load_bundle(options.pretrained_model_name_or_path)
     bundle.check_size(options.image_size)
-    data = open_data(options, given, bundle)
+    if isinstance(given, ShardStream):
+        data = open_streamed(options, given, team)
+    else:
+        data = open_data(options, given, bundle)
     network = start_network(options, bundle, spec)
     bundle.to(team.device, team.frozen_dtype)
     return Run(
@@ -161,11 +156,8 @@ def prepare(options: TrainOptions, team: Team, source: Source | None = None) -> 
 
 def open_data(options: TrainOptions, source: Source, bundle: Bundle) -> Data:
     """The pictures of `source`, in buckets and with cached latents where asked, and their order."""
-    if isinstance(source, ShardStream):
-        return open_streamed(options, source)
-    buckets = None
-    if options.aspect_ratio_buckets:
-        buckets = make_buckets(sizes_of(source), options.image_size, bundle.size_multiple)
+    buckets = open_buckets(options, source, bundle)
+    if buckets is not None:
         say_buckets(buckets.counts())
     latents = None
     if options.cache_dir is not None:
@@ -176,13 +168,19 @@ def open_data(options: TrainOptions, source: Source, bundle: Bundle) -> Data:
     whole[0, 0]  # data that can't be used at all is said now, not after some steps
     rest = copy(whole)
     rest.indices = keep
-    return Data(
-        learn=whole, keep=rest if len(keep) else None, order=make_order(whole, options),
-        preparation=preparation,
-    )  # fmt: skip
+    return Data(learn=whole, keep=rest if len(keep) else None, order=make_order(whole, options))
 
 
-def open_streamed(options: TrainOptions, stream: ShardStream) -> Data:
+def open_buckets(
+    options: TrainOptions | CacheOptions, source: Source, bundle: Bundle
+) -> Buckets | None:
+    """The buckets of `source`, if they are asked for; the same in training and in caching."""
+    if not options.aspect_ratio_buckets:
+        return None
+    return make_buckets(sizes_of(source), options.image_size, bundle.size_multiple)
+
+
+def open_streamed(options: TrainOptions, stream: ShardStream, team: Team) -> Data:
     """A stream as data. Raises UserError for what needs every picture to have its place."""
     for name in ("aspect_ratio_buckets", "cache_dir", "val_split", "overfit_batches"):
         if getattr(options, name):
@@ -193,15 +191,11 @@ def open_streamed(options: TrainOptions, stream: ShardStream) -> Data:
     if stream.length is None and options.max_steps is None:
         raise UserError("the length of this stream is not known; give --max_steps")
     order = Streamed(stream.length or 0, options.batch_size)
-    return Data(learn=stream, keep=None, order=order, preparation=make_preparation(options))
-
-
-def open_stream(data: Data, options: TrainOptions, team: Team) -> PreparedStream:
-    """The micro-batches of a stream for this process."""
-    assert isinstance(data.learn, ShardStream)
-    return PreparedStream(
-        data.learn, data.preparation, options.seed, options.batch_size, team.rank, team.ranks
+    preparation = make_preparation(options)
+    learn = PreparedStream(
+        stream, preparation, options.seed, options.batch_size, team.rank, team.ranks
     )
+    return Data(learn=learn, keep=None, order=order)
 
 
 def split(count: int, share: float) -> tuple[np.ndarray, np.ndarray]:

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
+from controlfill.inference.pipeline import DTYPES
 from controlfill.options import Precision
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +17,7 @@ class Team:
     """This process among `ranks`, whatever engine started them.
 
     `tell(word)` gives the main process's word to all; `total(tensor)` adds a tensor up over all;
-    `autocast()` is the engine's number format for a forward pass; `unwrap` takes the network out of
-    whatever the engine put around it.
+    `autocast()` is the engine's number format for a forward pass.
     """
 
     rank: int

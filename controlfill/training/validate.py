@@ -20,7 +20,7 @@ from controlfill.options import SampleOptions, TrainOptions
 from controlfill.training.batches import Place, make_batches
 from controlfill.training.start import Run
 
-# Noise and times of validation are apart from those of any training seed.
+# The noise of validation is apart from that of any training seed.
 SEED = 2_000_000_011
 BINS = 4
 STEPS = 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 import yaml
@@ -29,15 +30,17 @@ from controlfill.training.writers import Writers, open_writers
 
 log = logging.getLogger(__name__)
 PANEL_ROWS = 4
+Weights = dict[str, Tensor]
+Save = Callable[[Step, Weights | None], None]
 
 
 class Watchers:
     """What happens to each Step of one run, on every process; only the main one writes.
 
-    `save` is the engine's own way of writing a checkpoint.
+    `save` is the engine's own way of writing a checkpoint, given the Step and the averages.
     """
 
-    def __init__(self, run: Run, average: Average | None, save: Callable[[Step], None]) -> None:
+    def __init__(self, run: Run, average: Average | None, save: Save) -> None:
         self.run, self.average, self.save_now = run, average, save
         self.meter, self.skipped = watch.Meter(), watch.Skipped()
         self.objective = run.objective()
@@ -60,13 +63,18 @@ class Watchers:
             write_whole(self.run.folder / "config.yaml", text.encode())
 
     def __call__(self, step: Step) -> None:
+        self.run.step = step.index
         self.meter.add(step)
         self.skipped.add(step)
         for watcher in self.watchers:
             watcher(step)
 
+    def _shown(self) -> AbstractContextManager[None]:
+        """While entered, the network is what the run will end with: its average, if it has one."""
+        return averaged(self.run.network, self.average.weights if self.average else None)
+
     @property
-    def averages(self) -> dict[str, Tensor] | None:
+    def averages(self) -> Weights | None:
         """The averaged weights, on the CPU."""
         if self.average is None:
             return None
@@ -87,7 +95,7 @@ class Watchers:
         """Panels of training pictures, to the logs and to logs/panels.png."""
         if not self.run.team.main:
             return
-        with averaged(self.run.network, self.averages), self.run.team.autocast():
+        with self._shown(), self.run.team.autocast():
             picture = watch.draw_panels(self._pipeline(), self.panel_batch, self.run.options.seed)
         self.writers.picture("panels", picture, step.index)
         save_image(self.run.folder / "logs" / "panels.png", picture)
@@ -95,7 +103,7 @@ class Watchers:
     def validate(self, step: Step) -> dict[str, float]:
         """Measure the pictures kept apart and draw the validation pictures; returns the means."""
         run, values = self.run, {}
-        with averaged(run.network, self.averages):
+        with self._shown():
             if run.data.keep is not None:
                 values = measure(run, self.objective, run.network)
             if run.options.validation_image and run.team.main:
@@ -111,10 +119,9 @@ class Watchers:
         """A checkpoint, never of a broken network."""
         watch.check_finite(float(step.loss), step.index)
         watch.check_weights(self.run.network, step.index)
-        self.run.step = step.index
-        self.save_now(step)
+        self.save_now(step, self.averages)
 
-    def finish(self, weights: dict[str, Tensor] | None = None) -> None:
+    def finish(self) -> None:
         """Write final_model: the averaged weights if there are any, else the last ones."""
         if self.skipped.reasons:
             log.warning("%d pictures were skipped", len(self.skipped.reasons))
@@ -123,8 +130,7 @@ class Watchers:
         if not run.team.main:
             return
         with write_folder(run.folder / "final_model") as folder:
-            kept = self.averages or weights
-            save_controlnet(run.network, folder, run.header, kept, (WEIGHTS, SINGLE))
+            save_controlnet(run.network, folder, run.header, self.averages, (WEIGHTS, SINGLE))
             hub.write_card(folder, run.header, run.options)
         self.writers.close()
         log.info("the trained ControlNet is in %s", run.folder / "final_model")
