@@ -101,7 +101,7 @@ def noise(size: Size, rng: np.random.Generator, share: float | None = None) -> n
     field = cv2.GaussianBlur(field, (35, 35), rng.uniform(0.1, 5), borderType=cv2.BORDER_REFLECT)
     level = 0.0 if share is None else float(np.quantile(field, 1 - share))
     smooth = cv2.resize(field, size[::-1], interpolation=cv2.INTER_CUBIC)
-    return np.where(smooth > level, 255, 0).astype(np.uint8)
+    return np.multiply(smooth > level, 255, dtype=np.uint8)
 
 
 def border(size: Size, rng: np.random.Generator) -> np.ndarray:
@@ -182,28 +182,59 @@ def area_of(mask: np.ndarray) -> float:
 
 
 def fit_area(mask: np.ndarray, area: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
-    """Grow or shrink `mask` along its own outline until its area lies in `area`, exactly.
-
-    Pixels are taken ring by ring; within the ring that would go too far, at random.
-    """
+    """Grow or shrink `mask` along its own outline until its area lies in `area`, exactly."""
     low, high = (share * mask.size for share in area)
     count = cv2.countNonZero(mask)
     if low <= count <= high:
         return mask
     grows = count < low
-    wanted = max(1, int(np.ceil(low)) if grows else int(np.floor(high)))
     if not count:
         mask = mask.copy()
         mask.flat[rng.integers(mask.size)] = 255
+    near = _fit_nearly(mask, area, grows)
+    if low <= cv2.countNonZero(near) <= high:
+        return near
+    wanted = max(1, int(np.ceil(low)) if grows else int(np.floor(high)))
+    return _fit_exactly(mask, wanted, grows, rng)
+
+
+def _fit_nearly(mask: np.ndarray, area: tuple[float, float], grows: bool) -> np.ndarray:
+    """`mask` grown or shrunk by distances at a quarter of its size: a third of the exact time.
+
+    It aims a tenth inside of the range, since areas at the two sizes differ a little.
+    """
+    height, width = mask.shape
+    quarter = (max(1, width // 4), max(1, height // 4))
+    shrunk = cv2.resize(mask, quarter, interpolation=cv2.INTER_AREA)
+    part = np.multiply(shrunk > (0 if grows else 254), 255, dtype=np.uint8)
+    if not part.any():
+        return mask
+    rings = outline_rings(part, grows)
+    edge, other = area if grows else area[::-1]
+    share = 0.9 * edge + 0.1 * other
+    rank = min(rings.size - 1, int((share if grows else 1 - share) * rings.size))
+    level = float(np.partition(rings, rank, axis=None)[rank])
+    smooth = cv2.resize(rings.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+    if grows:
+        return np.multiply(smooth <= level, 255, dtype=np.uint8) | mask
+    return np.multiply(smooth > level, 255, dtype=np.uint8) & mask
+
+
+def _fit_exactly(
+    mask: np.ndarray, wanted: int, grows: bool, rng: np.random.Generator
+) -> np.ndarray:
+    """`mask` grown or shrunk to `wanted` pixels.
+
+    Pixels are taken ring by ring; within the ring that would go too far, at random.
+    """
     rings = outline_rings(mask, grows)
     totals = np.cumsum(np.bincount(rings.ravel()))
     # White is what lies up to a ring outside the outline, or deeper than a ring inside of it.
     ring = int(np.searchsorted(totals, wanted if grows else mask.size - wanted))
     white = rings <= ring if grows else rings > ring
     found = cv2.countNonZero(white.view(np.uint8))
-    if not low <= found <= high:
-        _trim(white, rings == ring, found - wanted, rng)
-    return np.where(white, 255, 0).astype(np.uint8)
+    _trim(white, rings == ring, found - wanted, rng)
+    return np.multiply(white, 255, dtype=np.uint8)
 
 
 def _trim(white: np.ndarray, ring: np.ndarray, surplus: int, rng: np.random.Generator) -> None:
