@@ -30,6 +30,7 @@ class ControlDenoiser:
         scale: float = 1.0,
     ) -> Tensor:
         """The prediction (B, C, H, W) for `noisy`; without a network, or at scale 0, the UNet's."""
+        dtype = self.unet.dtype
         down, middle = None, None
         if network is not None and scale:
             down, middle = network(
@@ -40,10 +41,12 @@ class ControlDenoiser:
                 conditioning_scale=scale,
                 return_dict=False,
             )
+            # The network that learns keeps single precision where the frozen UNet is in half.
+            down, middle = [residual.to(dtype) for residual in down], middle.to(dtype)
         return self.unet(
-            noisy,
+            noisy.to(dtype),
             timesteps,
-            encoder_hidden_states=condition.text,
+            encoder_hidden_states=condition.text.to(dtype),
             down_block_additional_residuals=down,
             mid_block_additional_residual=middle,
             return_dict=False,

@@ -35,8 +35,5 @@ class Team:
 
     @property
     def frozen_dtype(self) -> torch.dtype:
-        """The number format of frozen weights.
-
-        On a GPU half precision saves memory; the CPU's autocast wants them in single.
-        """
-        return torch.float32 if self.device.type == "cpu" else DTYPES[self.precision]
+        """The number format of frozen weights: half of the memory in half precision."""
+        return DTYPES[self.precision]
