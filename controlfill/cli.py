@@ -166,8 +166,24 @@ def inpaint(options: opts.InpaintOptions) -> None:
     say(f"wrote {result.save(options.output_dir)}")
 
 
+def outpaint(options: opts.OutpaintOptions) -> None:
+    """`controlfill outpaint`."""
+    quiet_libraries()
+    from controlfill.images import open_image
+    from controlfill.inference.outpaint import choose_sides
+    from controlfill.inference.outpaint import outpaint as grow
+
+    photo = open_image(options.image)
+    choose_sides(photo.size, options)  # a mistake is told before anything is loaded
+    with sampling(options) as (pipeline, progress):
+        result = grow(pipeline, photo, options, progress)
+    say(f"wrote {result.save(options.output_dir, 'outpainted.png')}")
+
+
 @contextmanager
-def sampling(options: opts.InpaintOptions | opts.GenerateOptions) -> Iterator[tuple[Any, Any]]:
+def sampling(
+    options: opts.InpaintOptions | opts.OutpaintOptions | opts.GenerateOptions,
+) -> Iterator[tuple[Any, Any]]:
     """The pipeline that `options` name, and a bar to tell its progress to."""
     from controlfill.inference.pipeline import load
 
@@ -329,6 +345,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "train": (opts.TrainOptions, train),
     "train_lightning": (opts.LightningOptions, train_lightning),
     "inpaint": (opts.InpaintOptions, inpaint),
+    "outpaint": (opts.OutpaintOptions, outpaint),
     "infer": (opts.InferOptions, infer),
     "generate": (opts.GenerateOptions, generate),
     "evaluate": (opts.EvaluateOptions, evaluate),

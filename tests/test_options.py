@@ -17,7 +17,7 @@ DATA = {
 SAMPLE = {
     "prompt", "negative_prompt", "guidance_scale", "controlnet_conditioning_scale",
     "num_inference_steps", "scheduler", "seed", "feather", "mixed_precision", "device",
-    "output_dir", "conditioning",
+    "output_dir", "conditioning", "window_size", "window_overlap", "window_batch",
 }  # fmt: skip
 CONTROL = DATA | {
     "image_dir", "pretrained_model_name_or_path", "controlnet_model_name_or_path", "conditioning",
@@ -54,6 +54,8 @@ FLAGS = {
     "prepare shards": DATA | {"data", "out", "count", "make_hint", "image_format", "per_shard"},
     "generate": SAMPLE | {"hint", "control", "base"},
     "inpaint": SAMPLE | {"image", "mask", "control", "base"},
+    "outpaint": SAMPLE
+    | {"image", "control", "base", "left", "right", "top", "bottom", "expand", "to", "anchor"},
     "infer": SAMPLE
     | {
         "checkpoint_path", "input_image", "input_mask", "pretrained_model_name_or_path",

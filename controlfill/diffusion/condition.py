@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from controlfill.data.hints import Spec, blanked_image
 from controlfill.data.sample import Batch
+from controlfill.diffusion.tiles import Place, Windows, encode_tiled
 from controlfill.models.bundle import Bundle
 
 
@@ -23,6 +25,12 @@ class Condition:
     def doubled(self, without: Tensor) -> Condition:
         """The condition of classifier-free guidance: `without` prompt first, then this one."""
         return Condition(text=torch.cat([without, self.text]), hint=torch.cat([self.hint] * 2))
+
+    def part(self, windows: Windows, places: Sequence[Place]) -> Condition:
+        """The condition of the windows at `places`, which count in latent cells."""
+        scale = self.hint.shape[-1] // windows.canvas[1]
+        text = self.text.repeat(len(places), 1, 1)
+        return Condition(text=text, hint=windows.stack(self.hint, places, scale))
 
 
 def latent_mask(mask: Tensor, factor: int) -> Tensor:
@@ -56,14 +64,14 @@ def smooth_fill(image: Tensor, mask: Tensor) -> Tensor:
 
 def known_latents(bundle: Bundle, batch: Batch) -> Tensor:
     """Latents of `batch` for keeping what is known; they hold nothing of what the hole hid."""
-    return bundle.encode_image(smooth_fill(batch.image, batch.mask) * 2 - 1)
+    return encode_tiled(bundle, smooth_fill(batch.image, batch.mask) * 2 - 1)
 
 
 def make_hint(bundle: Bundle, spec: Spec, batch: Batch) -> Tensor:
     """The hint that `spec` promises: the batch's own, through the VAE where the spec is latent."""
     if not spec.at_latent_size:
         return batch.hint
-    latents = bundle.encode_image(blanked_image(batch.image, batch.mask)).float()
+    latents = encode_tiled(bundle, blanked_image(batch.image, batch.mask)).float()
     return torch.cat([latents, latent_mask(batch.mask, bundle.factor)], dim=1)
 
 

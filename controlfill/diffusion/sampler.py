@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,10 @@ class Guidance:
     scale: float
     without: Tensor
 
+    def repeated(self, times: int) -> Guidance:
+        """The same for `times` windows of each picture."""
+        return Guidance(scale=self.scale, without=self.without.repeat(times, 1, 1))
+
 
 def make_scheduler(name: str, config: dict[str, Any], steps: int, device: torch.device) -> Any:
     """A fresh diffusers scheduler for one call, set to `steps` timesteps.
@@ -57,7 +61,7 @@ def make_scheduler(name: str, config: dict[str, Any], steps: int, device: torch.
 
 
 def sample(
-    denoise: Denoise,
+    denoise: Callable[[Tensor, Tensor], Tensor],
     scheduler: Any,
     noise: Tensor,
     rng: torch.Generator,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,6 +17,15 @@ from controlfill.data.sample import Batch, Sample, collate
 from controlfill.diffusion.condition import encode_condition, known_latents, latent_mask
 from controlfill.diffusion.denoiser import ControlDenoiser
 from controlfill.diffusion.sampler import Denoise, Guidance, Known, make_scheduler, sample
+from controlfill.diffusion.tiles import (
+    Place,
+    Predict,
+    TiledDenoise,
+    Windows,
+    decode_tiled,
+    draw_noise,
+    make_windows,
+)
 from controlfill.errors import UserError
 from controlfill.images import (
     Photo,
@@ -29,9 +40,12 @@ from controlfill.images import (
     to_uint8,
 )
 from controlfill.inference.pipeline import Pipeline, Progress
+from controlfill.models.bundle import Bundle
 from controlfill.options import SampleOptions
 
 PANEL = 512
+# Pictures up to so many times the base's own side are seen whole, unless told otherwise.
+WHOLE = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,16 +90,42 @@ def inpaint(
     Both are paths, PIL pictures, numpy arrays or tensors. Raises UserError when their sizes differ
     or the mask is black, and InterruptedError when `progress` returns False.
     """
+    photo = as_photo(image)
+    return complete(pipeline, photo, as_mask(mask, photo.size), options, progress)
+
+
+def complete(
+    pipeline: Pipeline,
+    photo: Photo,
+    hole: np.ndarray,
+    options: SampleOptions,
+    progress: Progress | None = None,
+    old: tuple[int, int] = (0, 0),
+) -> Result:
+    """Fill the white part of `hole` in `photo`; `old` is the pixel at which an older canvas began.
+
+    Latent cells keep their places and their noise while a canvas grows around that pixel.
+    """
     if pipeline.spec.given:
         raise UserError(
             f"this ControlNet was trained with {pipeline.spec.label}: it follows a conditioning "
             "picture and fills no holes"
         )
-    photo = as_photo(image)
-    hole = as_mask(mask, photo.size)
-    sample_ = Sample(image=photo.rgb, mask=hole, prompt=options.prompt)
-    generated = _generate(pipeline, sample_, options, progress)
+    factor = pipeline.bundle.factor
+    above, before = (-at % factor for at in old)
+    shifted = Sample(
+        image=_shift(photo.rgb, above, before),
+        mask=_shift(hole, above, before),
+        prompt=options.prompt,
+    )
+    origin = (-(old[0] + above) // factor, -(old[1] + before) // factor)
+    generated = _generate(pipeline, shifted, options, progress, origin)[above:, before:]
     return _result(pipeline, photo, hole, generated, options)
+
+
+def _shift(image: np.ndarray, above: int, before: int) -> np.ndarray:
+    """Repeat the first row and column so many times."""
+    return cv2.copyMakeBorder(image, above, 0, before, 0, cv2.BORDER_REPLICATE)
 
 
 def follow(
@@ -110,7 +150,11 @@ def follow(
 
 
 def _generate(
-    pipeline: Pipeline, sample_: Sample, options: SampleOptions, progress: Progress | None
+    pipeline: Pipeline,
+    sample_: Sample,
+    options: SampleOptions,
+    progress: Progress | None,
+    origin: Place = (0, 0),
 ) -> np.ndarray:
     """What the networks make of one sample, uint8, padded to the size that they can take."""
     parts = {"image": sample_.image, "mask": sample_.mask, "hint": sample_.hint}
@@ -118,7 +162,7 @@ def _generate(
     padded = {n: pad_to_multiple(p, multiple) for n, p in parts.items() if p is not None}
     batch = collate([replace(sample_, **padded)], pipeline.spec)
     with pipeline.lock:
-        return to_uint8(generate_batch(pipeline, batch, options, progress))[0]
+        return to_uint8(generate_batch(pipeline, batch, options, progress, origin))[0]
 
 
 def _result(
@@ -155,38 +199,72 @@ def guidance_scale(pipeline: Pipeline, options: SampleOptions) -> float:
 
 @torch.no_grad()
 def generate_batch(
-    pipeline: Pipeline, batch: Batch, options: SampleOptions, progress: Progress | None = None
+    pipeline: Pipeline,
+    batch: Batch,
+    options: SampleOptions,
+    progress: Progress | None = None,
+    origin: Place = (0, 0),
 ) -> Tensor:
-    """Pictures (B, 3, H, W) in [0, 1] for a batch whose sides fit the base; nothing is pasted."""
+    """Pictures (B, 3, H, W) in [0, 1] for a batch whose sides fit the base; nothing is pasted.
+
+    `origin` is the latent cell at which the canvas begins, for noise that belongs to places.
+    """
     bundle = pipeline.bundle
     batch = batch.to(bundle.device)
     check_range(batch.hint, batch.mask, pipeline.spec)
     rng = torch.Generator().manual_seed(options.seed)
     clean = known_latents(bundle, batch)
-    noise = torch.randn(clean.shape, generator=rng).to(clean)
+    noise = draw_noise(options.seed, clean.shape, origin).to(clean)
     known = Known(latents=clean, mask=latent_mask(batch.mask, bundle.factor))
     scheduler = make_scheduler(
         options.scheduler, bundle.scheduler_config, options.num_inference_steps, bundle.device
     )
-    denoise = make_denoise(pipeline, batch, options)
+    denoise = make_denoise(pipeline, batch, options, known.mask)
     latents, total = noise, len(scheduler.timesteps)
     for done, latents in enumerate(sample(denoise, scheduler, noise, rng, known), 1):  # noqa: B007
         if progress is not None and progress(done, total) is False:
             raise InterruptedError(f"cancelled after {done} of {total} steps")
     if not bool(torch.isfinite(latents).all()):
         raise UserError("sampling gave values that are no numbers; try --mixed_precision no")
-    return bundle.decode(latents)
+    return decode_tiled(bundle, latents)
 
 
-def make_denoise(pipeline: Pipeline, batch: Batch, options: SampleOptions) -> Denoise:
-    """The denoiser of one request: its prompts, hint, guidance and control scale."""
+def make_denoise(
+    pipeline: Pipeline, batch: Batch, options: SampleOptions, open_: Tensor
+) -> Predict:
+    """The denoiser of one request: its prompts, hint, guidance and control scale, in windows.
+
+    `open_` (B, 1, h, w) is above 0 where latents are to be generated.
+    """
     bundle = pipeline.bundle
-    scale = guidance_scale(pipeline, options)
+    condition = encode_condition(bundle, pipeline.spec, batch)
     negative = bundle.text.encode([options.negative_prompt] * len(batch.prompts))
-    return Denoise(
-        ControlDenoiser(bundle.unet),
-        pipeline.network,
-        encode_condition(bundle, pipeline.spec, batch),
-        Guidance(scale=scale, without=negative) if scale != 1 else None,
-        options.controlnet_conditioning_scale,
-    )
+    guidance = Guidance(scale=guidance_scale(pipeline, options), without=negative)
+    windows = choose_windows(bundle, (open_.shape[2], open_.shape[3]), options)
+
+    def part(places: Sequence[Place]) -> Denoise:
+        return Denoise(
+            ControlDenoiser(bundle.unet),
+            pipeline.network,
+            condition.part(windows, places),
+            guidance.repeated(len(places)) if guidance.scale != 1 else None,
+            options.controlnet_conditioning_scale,
+        )
+
+    if windows.size == windows.canvas:
+        return part([(0, 0)])
+    return TiledDenoise(part, windows, open_.amax(dim=(0, 1)), options.window_batch)
+
+
+def choose_windows(bundle: Bundle, canvas: tuple[int, int], options: SampleOptions) -> Windows:
+    """The windows, in cells, through which a `canvas` of cells is seen. Raises UserError."""
+    native, side = bundle.native_size, options.window_size
+    if side is None:
+        whole = max(canvas) * bundle.factor <= WHOLE * native
+        side = 0 if whole else native
+    if side % bundle.size_multiple:
+        raise UserError(
+            f"--window_size is {side}, but {bundle.name} needs a multiple of {bundle.size_multiple}"
+        )
+    cells = side // bundle.factor or max(canvas)
+    return make_windows(canvas, cells, round(cells * options.window_overlap))

@@ -21,7 +21,7 @@ from controlfill.models.controlnet import (
     load_controlnet,
     read_control_header,
 )
-from controlfill.options import SampleOptions
+from controlfill.options import GrowOptions, SampleOptions
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
@@ -62,6 +62,24 @@ class Pipeline:
         from controlfill.inference.complete import inpaint
 
         return inpaint(self, image, mask, SampleOptions(prompt=prompt, **options), progress)
+
+    def outpaint(
+        self,
+        image: Any,
+        prompt: str = "",
+        *,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Result:
+        """A larger picture around `image`: a path, PIL picture, array or tensor.
+
+        `options` are those of GrowOptions: left, right, top and bottom in pixels, or expand="50%",
+        or to="1920x1080" with an anchor; and those of `inpaint`. Raises UserError when nothing is
+        added, and InterruptedError when `progress` returns False.
+        """
+        from controlfill.inference.outpaint import outpaint
+
+        return outpaint(self, image, GrowOptions(prompt=prompt, **options), progress)
 
     def follow(
         self,

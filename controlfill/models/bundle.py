@@ -51,6 +51,12 @@ class Bundle:
         """Pictures must have sides that are multiples of this."""
         return self.factor * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
 
+    @property
+    def native_size(self) -> int:
+        """Side of the squares that the base was trained on, in pixels."""
+        cells = self.unet.config["sample_size"]
+        return self.factor * (cells if isinstance(cells, int) else max(cells))
+
     def check_size(self, size: int) -> None:
         """Raise UserError unless the base can take squares of `size` pixels."""
         multiple = self.size_multiple

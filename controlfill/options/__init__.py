@@ -22,8 +22,10 @@ from controlfill.options.filling import (
     EvaluateOptions,
     FillOptions,
     GenerateOptions,
+    GrowOptions,
     InferOptions,
     InpaintOptions,
+    OutpaintOptions,
     SampleOptions,
 )
 from controlfill.options.preparing import PrepareShardsOptions, PrepareTableOptions
@@ -37,8 +39,8 @@ from controlfill.options.training import (
 __all__ = [
     "ALIASES", "LEAST", "MASK_KINDS", "SD15", "SHARES", "CacheOptions", "ControlOptions",
     "DataOptions", "DemoOptions", "DoctorOptions", "EvaluateOptions", "FillOptions",
-    "GenerateOptions",
-    "InferOptions", "InpaintOptions", "LightningOptions", "MaskOptions", "Options", "Precision",
+    "GenerateOptions", "GrowOptions", "InferOptions", "InpaintOptions", "LightningOptions",
+    "MaskOptions", "Options", "OutpaintOptions", "Precision",
     "PrepareShardsOptions", "PrepareTableOptions", "PreviewOptions", "SampleOptions",
     "TrainOptions", "check_numbers", "field_types",
 ]  # fmt: skip

@@ -11,6 +11,10 @@ from controlfill.errors import UserError
 SpecName = Literal["masked-image", "masked-image+mask", "masked-latent+mask", "image"]
 SchedulerName = Literal["ddim", "ddpm", "unipc", "dpm++2m", "euler"]
 Precision = Literal["no", "fp16", "bf16"]
+Anchor = Literal[
+    "top-left", "top", "top-right", "left", "center", "right",
+    "bottom-left", "bottom", "bottom-right",
+]  # fmt: skip
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 # The least value of options that are numbers, by name: the same name means the same everywhere.
@@ -25,9 +29,15 @@ LEAST = {
     "save_top_k": -1, "log_every_n_steps": 1, "log_images_every_n_steps": 0, "devices": -1,
     "num_nodes": 1, "early_stopping_patience": 1, "overfit_batches": 0, "snr_gamma": 0.001,
     "noise_offset": 0, "hole_weight": 0, "num_validation_images": 1, "validation_steps": 1,
-    "variants": 1, "count": 1, "per_shard": 1,
+    "variants": 1, "count": 1, "per_shard": 1, "window_size": 0,
+    "window_batch": 1, "left": 0, "right": 0, "top": 0, "bottom": 0,
 }  # fmt: skip
-SHARES = {"ema_decay": (0, 0.999999), "proportion_empty_prompts": (0, 1), "val_split": (0, 0.9)}
+SHARES = {
+    "ema_decay": (0, 0.999999),
+    "proportion_empty_prompts": (0, 1),
+    "val_split": (0, 0.9),
+    "window_overlap": (0, 0.9),
+}
 # Other names that users know, for the same option.
 ALIASES = {"checkpointing_steps": "save_steps"}
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from controlfill.options.base import Device, Options, Precision, SchedulerName, SpecName
+from controlfill.options.base import Anchor, Device, Options, Precision, SchedulerName, SpecName
 from controlfill.options.data import DataOptions
 
 
@@ -31,11 +31,38 @@ class SampleOptions(Options):
     """Seed of the noise."""
     feather: int = 0
     """Pixels around the hole over which old and new blend; 0 leaves each known pixel alone."""
+    window_size: int | None = None
+    """Side of the windows through which large pictures are seen, in pixels; 0 = all at once.
+    Otherwise the base's own size, for pictures larger than one and a half times that."""
+    window_overlap: float = 0.5
+    """Share of a window that it has in common with the next."""
+    window_batch: int = 4
+    """Windows that go through the networks together."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FillOptions(SampleOptions):
-    """What the filling commands share: how to sample, where to compute, where to write."""
+class GrowOptions(SampleOptions):
+    """How a picture is sampled, and how much larger it shall be."""
+
+    left: int = 0
+    """Pixels to add on the left."""
+    right: int = 0
+    """Pixels to add on the right."""
+    top: int = 0
+    """Pixels to add above."""
+    bottom: int = 0
+    """Pixels to add below."""
+    expand: str | None = None
+    """Share of its width and height to add on each side, such as 50%."""
+    to: str | None = None
+    """Size to reach, WIDTHxHEIGHT."""
+    anchor: Anchor = "center"
+    """Where the old picture lies in the new one, for --to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceOptions(Options):
+    """What the filling commands share: where to compute, where to write."""
 
     conditioning: SpecName | None = None
     """What the ControlNet was trained with; only for foreign weights, which don't say."""
@@ -48,6 +75,11 @@ class FillOptions(SampleOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FillOptions(PlaceOptions, SampleOptions):
+    """How to sample, where to compute, where to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class InpaintOptions(FillOptions):
     """Fill the white part of MASK in IMAGE; writes inpainted.png and comparison.png."""
 
@@ -55,6 +87,18 @@ class InpaintOptions(FillOptions):
     """The picture."""
     mask: Positional[Path]
     """The mask, as large as the picture: white = fill, black = keep."""
+    control: str | None = None
+    """ControlNet: checkpoint folder, final_model, diffusers folder, .safetensors, or `embedded`."""
+    base: str | None = None
+    """The base; otherwise the one the ControlNet was trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutpaintOptions(PlaceOptions, GrowOptions):
+    """Continue IMAGE beyond its borders by any number of pixels; writes outpainted.png."""
+
+    image: Positional[Path]
+    """The picture."""
     control: str | None = None
     """ControlNet: checkpoint folder, final_model, diffusers folder, .safetensors, or `embedded`."""
     base: str | None = None
