@@ -18,6 +18,8 @@ SAMPLE = {
     "prompt", "negative_prompt", "guidance_scale", "controlnet_conditioning_scale",
     "num_inference_steps", "scheduler", "seed", "feather", "mixed_precision", "device",
     "output_dir", "conditioning", "window_size", "window_overlap", "window_batch",
+    "control_guidance_start", "control_guidance_end", "control_prompted_only", "guidance_start",
+    "guidance_end",
 }  # fmt: skip
 CONTROL = DATA | {
     "image_dir", "pretrained_model_name_or_path", "controlnet_model_name_or_path", "conditioning",

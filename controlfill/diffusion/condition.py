@@ -26,6 +26,10 @@ class Condition:
         """The condition of classifier-free guidance: `without` prompt first, then this one."""
         return Condition(text=torch.cat([without, self.text]), hint=torch.cat([self.hint] * 2))
 
+    def last(self, count: int) -> Condition:
+        """That of the last `count` samples."""
+        return Condition(text=self.text[-count:], hint=self.hint[-count:])
+
     def part(self, windows: Windows, places: Sequence[Place]) -> Condition:
         """The condition of the windows at `places`, which count in latent cells."""
         scale = self.hint.shape[-1] // windows.canvas[1]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from controlfill.diffusion.condition import Condition
@@ -28,21 +31,28 @@ class ControlDenoiser:
         timesteps: Tensor,
         condition: Condition,
         scale: float = 1.0,
+        spared: int = 0,
     ) -> Tensor:
-        """The prediction (B, C, H, W) for `noisy`; without a network, or at scale 0, the UNet's."""
+        """The prediction (B, C, H, W) for `noisy`; without a network, or at scale 0, the UNet's.
+
+        The first `spared` samples are predicted without control.
+        """
         dtype = self.unet.dtype
         down, middle = None, None
         if network is not None and scale:
             down, middle = network(
-                noisy,
+                noisy[spared:],
                 timesteps,
-                encoder_hidden_states=condition.text,
-                controlnet_cond=condition.hint.to(noisy.dtype),
+                encoder_hidden_states=condition.text[spared:],
+                controlnet_cond=condition.hint[spared:].to(noisy.dtype),
                 conditioning_scale=scale,
                 return_dict=False,
             )
             # The network that learns keeps single precision where the frozen UNet is in half.
-            down, middle = [residual.to(dtype) for residual in down], middle.to(dtype)
+            down, middle = (
+                [_spare(r, spared).to(dtype) for r in down],
+                _spare(middle, spared).to(dtype),
+            )
         return self.unet(
             noisy.to(dtype),
             timesteps,
@@ -51,3 +61,25 @@ class ControlDenoiser:
             mid_block_additional_residual=middle,
             return_dict=False,
         )[0]
+
+
+def _spare(residual: Tensor, count: int) -> Tensor:
+    """`residual` (B, ...) behind `count` samples of zeros."""
+    return (
+        torch.cat([residual.new_zeros((count, *residual.shape[1:])), residual])
+        if count
+        else residual
+    )
+
+
+def embed_hint(network: nn.Module, condition: Condition) -> tuple[nn.Module, Condition]:
+    """The ControlNet and the condition of a whole run, in which the hint is embedded only once.
+
+    It is the same at every step, and its embedding works at the full size of the picture. The
+    network that comes back shares all weights with `network`, which is left as it was.
+    """
+    embedding = network.get_submodule("controlnet_cond_embedding")
+    light = copy.copy(network)
+    light._modules = {**network._modules, "controlnet_cond_embedding": nn.Identity()}
+    weight = next(embedding.parameters())
+    return light, replace(condition, hint=embedding(condition.hint.to(weight.dtype)))

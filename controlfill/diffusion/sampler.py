@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from controlfill.diffusion.condition import Condition
-from controlfill.diffusion.denoiser import ControlDenoiser
+from controlfill.diffusion.denoiser import ControlDenoiser, embed_hint
 from controlfill.errors import UserError
 
 
@@ -29,16 +29,47 @@ class Known:
     mask: Tensor
 
 
+Times = frozenset[float] | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """Classifier-free guidance (Ho and Salimans 2022): `scale`, and the text `without` prompt."""
+    """Classifier-free guidance (Ho and Salimans 2022): `scale`, and the text `without` prompt.
+
+    At all `times` or only some (Kynkaanniemi et al. 2024, "Applying Guidance in a Limited
+    Interval"); a step without it costs half.
+    """
 
     scale: float
     without: Tensor
+    times: Times = None
 
-    def repeated(self, times: int) -> Guidance:
-        """The same for `times` windows of each picture."""
-        return Guidance(scale=self.scale, without=self.without.repeat(times, 1, 1))
+    def repeated(self, count: int) -> Guidance:
+        """The same for `count` windows of each picture."""
+        return replace(self, without=self.without.repeat(count, 1, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """How loud the ControlNet is, at which `times`; with `prompted_only` not where guidance looks
+    without the prompt, which costs less and lets the hint weigh more."""
+
+    scale: float = 1.0
+    times: Times = None
+    prompted_only: bool = False
+
+
+def times_between(times: Tensor, start: float, end: float) -> Times:
+    """Those of a run's `times` that lie wholly between the shares `start` and `end` of its steps.
+
+    The rule of diffusers' control_guidance_start and control_guidance_end; None means all.
+    """
+    if start <= 0 and end >= 1:
+        return None
+    count = len(times)
+    return frozenset(
+        float(t) for i, t in enumerate(times) if i / count >= start and (i + 1) / count <= end
+    )
 
 
 def make_scheduler(name: str, config: dict[str, Any], steps: int, device: torch.device) -> Any:
@@ -94,19 +125,30 @@ class Denoise:
         network: nn.Module | None,
         condition: Condition,
         guidance: Guidance | None = None,
-        scale: float = 1.0,
+        control: Control = Control(),
     ) -> None:
-        self.denoiser, self.network, self.scale, self.guidance = denoiser, network, scale, guidance
-        self.condition = condition.doubled(guidance.without) if guidance else condition
+        whole = condition.doubled(guidance.without) if guidance else condition
+        if network is not None and control.scale:
+            network, whole = embed_hint(network, whole)
+        self.denoiser, self.network = denoiser, network
+        self.guidance, self.control = guidance, control
+        self.whole, self.prompted = whole, whole.last(len(condition.text))
 
     def __call__(self, latents: Tensor, t: Tensor) -> Tensor:
         """The prediction for `latents` at the single timestep `t`."""
-        doubled = torch.cat([latents] * 2) if self.guidance else latents
-        prediction = self.denoiser(self.network, doubled, t, self.condition, self.scale)
-        if self.guidance is None:
-            return prediction
+        scale = self.control.scale if _among(t, self.control.times) else 0.0
+        if self.guidance is None or not _among(t, self.guidance.times):
+            return self.denoiser(self.network, latents, t, self.prompted, scale)
+        spared = len(latents) if self.control.prompted_only else 0
+        prediction = self.denoiser(
+            self.network, torch.cat([latents] * 2), t, self.whole, scale, spared
+        )
         without, with_ = prediction.chunk(2)
         return without + self.guidance.scale * (with_ - without)
+
+
+def _among(t: Tensor, times: Times) -> bool:
+    return times is None or float(t) in times
 
 
 TAKES_NOISE = (DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler)

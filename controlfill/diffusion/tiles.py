@@ -21,6 +21,8 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 Size = tuple[int, int]
 # Side of the blocks of cells that share a seed: another number would be other noise.
 BLOCK = 32
+# Batches of windows whose denoisers, with their embedded hints, are kept from step to step.
+KEPT = 16
 # Side of a window of the VAE, and what neighbours share of it, in pixels.
 VAE_WINDOW, VAE_OVERLAP = 512, 128
 
@@ -114,12 +116,15 @@ class TiledDenoise:
         self.part, self.windows = part, windows
         places = [p for p in windows.places() if bool(windows.part(open_, p).any())]
         self.batches = [places[i : i + batch] for i in range(0, len(places), batch)]
+        few = len(self.batches) <= KEPT
+        self.kept = {i: part(places) for i, places in enumerate(self.batches) if few}
 
     def __call__(self, latents: Tensor, t: Tensor) -> Tensor:
         """The prediction for `latents` (B, C, H, W) at the single timestep `t`."""
         blend = Blend(self.windows, latents)
-        for places in self.batches:
-            predicted = self.part(places)(self.windows.stack(latents, places), t)
+        for number, places in enumerate(self.batches):
+            part = self.kept.get(number) or self.part(places)
+            predicted = part(self.windows.stack(latents, places), t)
             for place, values in zip(places, predicted.chunk(len(places)), strict=True):
                 blend.add(place, values)
         return blend.mean()

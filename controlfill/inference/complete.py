@@ -16,7 +16,15 @@ from controlfill.data.hints import check_range
 from controlfill.data.sample import Batch, Sample, collate
 from controlfill.diffusion.condition import encode_condition, known_latents, latent_mask
 from controlfill.diffusion.denoiser import ControlDenoiser
-from controlfill.diffusion.sampler import Denoise, Guidance, Known, make_scheduler, sample
+from controlfill.diffusion.sampler import (
+    Control,
+    Denoise,
+    Guidance,
+    Known,
+    make_scheduler,
+    sample,
+    times_between,
+)
 from controlfill.diffusion.tiles import (
     Place,
     Predict,
@@ -219,7 +227,7 @@ def generate_batch(
     scheduler = make_scheduler(
         options.scheduler, bundle.scheduler_config, options.num_inference_steps, bundle.device
     )
-    denoise = make_denoise(pipeline, batch, options, known.mask)
+    denoise = make_denoise(pipeline, batch, options, known.mask, scheduler.timesteps)
     latents, total = noise, len(scheduler.timesteps)
     for done, latents in enumerate(sample(denoise, scheduler, noise, rng, known), 1):  # noqa: B007
         if progress is not None and progress(done, total) is False:
@@ -230,16 +238,20 @@ def generate_batch(
 
 
 def make_denoise(
-    pipeline: Pipeline, batch: Batch, options: SampleOptions, open_: Tensor
+    pipeline: Pipeline, batch: Batch, options: SampleOptions, open_: Tensor, times: Tensor
 ) -> Predict:
-    """The denoiser of one request: its prompts, hint, guidance and control scale, in windows.
+    """The denoiser of one request: its prompts, hint, guidance and control, in windows.
 
-    `open_` (B, 1, h, w) is above 0 where latents are to be generated.
+    `open_` (B, 1, h, w) is above 0 where latents are to be generated; `times` are the run's.
     """
     bundle = pipeline.bundle
     condition = encode_condition(bundle, pipeline.spec, batch)
-    negative = bundle.text.encode([options.negative_prompt] * len(batch.prompts))
-    guidance = Guidance(scale=guidance_scale(pipeline, options), without=negative)
+    guidance = make_guidance(pipeline, options, len(batch.prompts), times)
+    control = Control(
+        scale=options.controlnet_conditioning_scale,
+        times=times_between(times, options.control_guidance_start, options.control_guidance_end),
+        prompted_only=options.control_prompted_only,
+    )
     windows = choose_windows(bundle, (open_.shape[2], open_.shape[3]), options)
 
     def part(places: Sequence[Place]) -> Denoise:
@@ -247,13 +259,25 @@ def make_denoise(
             ControlDenoiser(bundle.unet),
             pipeline.network,
             condition.part(windows, places),
-            guidance.repeated(len(places)) if guidance.scale != 1 else None,
-            options.controlnet_conditioning_scale,
+            guidance.repeated(len(places)) if guidance else None,
+            control,
         )
 
     if windows.size == windows.canvas:
         return part([(0, 0)])
     return TiledDenoise(part, windows, open_.amax(dim=(0, 1)), options.window_batch)
+
+
+def make_guidance(
+    pipeline: Pipeline, options: SampleOptions, count: int, times: Tensor
+) -> Guidance | None:
+    """Guidance of `count` pictures as `options` ask; None where it would change nothing."""
+    scale = guidance_scale(pipeline, options)
+    during = times_between(times, options.guidance_start, options.guidance_end)
+    if scale == 1 or during == frozenset():
+        return None
+    negative = pipeline.bundle.text.encode([options.negative_prompt] * count)
+    return Guidance(scale=scale, without=negative, times=during)
 
 
 def choose_windows(bundle: Bundle, canvas: tuple[int, int], options: SampleOptions) -> Windows:

@@ -23,6 +23,17 @@ class SampleOptions(Options):
     """Weight of the prompt; 1 turns guidance off. Otherwise the base's own usual value."""
     controlnet_conditioning_scale: float = 1.0
     """Weight of the ControlNet; 0 turns it off."""
+    control_guidance_start: float = 0.0
+    """Share of the steps after which the ControlNet speaks."""
+    control_guidance_end: float = 1.0
+    """Share of the steps after which it is silent again, which saves its time."""
+    control_prompted_only: bool = False
+    """Let the ControlNet speak only where guidance looks at the prompt: faster and a little
+    different."""
+    guidance_start: float = 0.0
+    """Share of the steps after which guidance is used."""
+    guidance_end: float = 1.0
+    """Share of the steps after which it is not: a step without it takes half of the time."""
     num_inference_steps: int = 20
     """Denoising steps."""
     scheduler: SchedulerName = "ddim"

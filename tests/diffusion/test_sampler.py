@@ -1,5 +1,7 @@
 """Seven lines of sampling equal diffusers' pipelines, and known latents stay known."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from diffusers import (
@@ -14,7 +16,15 @@ from diffusers import (
 
 from controlfill.diffusion.condition import Condition
 from controlfill.diffusion.denoiser import ControlDenoiser
-from controlfill.diffusion.sampler import Denoise, Guidance, Known, make_scheduler, sample
+from controlfill.diffusion.sampler import (
+    Control,
+    Denoise,
+    Guidance,
+    Known,
+    make_scheduler,
+    sample,
+    times_between,
+)
 from controlfill.errors import UserError
 from controlfill.models.bundle import load_bundle
 from controlfill.models.controlnet import make_controlnet
@@ -43,7 +53,8 @@ def narrow(narrow_base):
 @pytest.mark.filterwarnings("ignore")  # the pipeline warns about its own past
 @pytest.mark.parametrize("name", sorted(THEIRS))
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_sampling_equals_the_controlnet_pipeline(name, scale, narrow, narrow_base):
+@pytest.mark.parametrize("span", [(0.0, 1.0), (0.2, 0.7)])
+def test_sampling_equals_the_controlnet_pipeline(name, scale, span, narrow, narrow_base):
     bundle, network = narrow
     rng = torch.Generator().manual_seed(0)
     noise = torch.randn((1, 4, 8, 8), generator=rng)
@@ -58,11 +69,13 @@ def test_sampling_equals_the_controlnet_pipeline(name, scale, narrow, narrow_bas
     theirs = pipeline(
         "a red cat", image=hint, latents=noise.clone(), num_inference_steps=6, output_type="latent",
         guidance_scale=scale, generator=torch.Generator().manual_seed(7), negative_prompt="mat",
+        control_guidance_start=span[0], control_guidance_end=span[1],
     ).images  # fmt: skip
     condition = Condition(text=bundle.text.encode(["a red cat"]), hint=hint)
     guidance = Guidance(scale=scale, without=bundle.text.encode(["mat"])) if scale != 1 else None
-    denoise = Denoise(ControlDenoiser(bundle.unet), network, condition, guidance)
     scheduler = make_scheduler(name, bundle.scheduler_config, 6, CPU)
+    control = Control(times=times_between(scheduler.timesteps, *span))
+    denoise = Denoise(ControlDenoiser(bundle.unet), network, condition, guidance, control)
     with torch.no_grad():
         *_, ours = sample(denoise, scheduler, noise, torch.Generator().manual_seed(7))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
@@ -106,9 +119,67 @@ def test_guidance_and_control_scale_change_the_prediction(pipe):
         without = Denoise(denoiser, pipe.network, Condition(text=empty, hint=condition.hint))
         expected = without(latents, t) + 3 * (plain - without(latents, t))
         torch.testing.assert_close(guided(latents, t), expected, rtol=1e-3, atol=1e-3)
-        off = Denoise(denoiser, pipe.network, condition, scale=0.0)(latents, t)
+        off = Denoise(denoiser, pipe.network, condition, control=Control(scale=0.0))(latents, t)
         alone = Denoise(denoiser, None, condition)(latents, t)
     assert torch.equal(off, alone)
+
+
+@contextmanager
+def counted(module):
+    """The numbers of samples that go through `module`."""
+    seen = []
+    hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    yield seen
+    hook.remove()
+
+
+def test_the_hint_is_embedded_once_and_the_network_left_alone(narrow):
+    bundle, network = narrow
+    condition = Condition(text=bundle.text.encode(["a"]), hint=torch.rand(1, 3, 64, 64))
+    guidance = Guidance(scale=3.0, without=bundle.text.encode([""]))
+    embedding = network.controlnet_cond_embedding
+    with counted(embedding) as seen:
+        denoise = Denoise(ControlDenoiser(bundle.unet), network, condition, guidance)
+        for t in (900, 500, 100):
+            denoise(torch.zeros(1, 4, 8, 8), torch.tensor(t))
+    assert seen == [2]  # one for each side of guidance
+    assert network.controlnet_cond_embedding is embedding
+
+
+def test_steps_outside_of_an_interval_cost_less(narrow):
+    bundle, network = narrow
+    condition = Condition(text=bundle.text.encode(["a"]), hint=torch.rand(1, 3, 64, 64))
+    empty = bundle.text.encode([""])
+
+    def samples(control, **guidance):
+        guided = Guidance(scale=2.0, without=empty, **guidance)
+        denoise = Denoise(ControlDenoiser(bundle.unet), network, condition, guided, control)
+        with counted(bundle.unet) as base, counted(network.mid_block) as controlled:
+            denoise(torch.zeros(1, 4, 8, 8), torch.tensor(500))
+        return sum(base), sum(controlled)
+
+    late, now = frozenset({100.0}), frozenset({500.0})
+    assert samples(Control()) == (2, 2)
+    assert samples(Control(times=now), times=now) == (2, 2)
+    assert samples(Control(times=late)) == (2, 0)
+    assert samples(Control(), times=late) == (1, 1)
+    assert samples(Control(prompted_only=True)) == (2, 1)
+
+
+def test_control_of_the_prompted_half_only(pipe):
+    bundle, network = pipe.bundle, pipe.network
+    condition = Condition(text=bundle.text.encode(["red star"]), hint=torch.rand(1, 3, 64, 64))
+    empty = bundle.text.encode([""])
+    latents, t = torch.ones(1, 4, 16, 16), torch.tensor(500)
+    denoiser = ControlDenoiser(bundle.unet)
+    with torch.no_grad():
+        found = Denoise(
+            denoiser, network, condition, Guidance(scale=3.0, without=empty),
+            Control(prompted_only=True),
+        )(latents, t)  # fmt: skip
+        prompted = Denoise(denoiser, network, condition)(latents, t)
+        bare = Denoise(denoiser, None, Condition(text=empty, hint=condition.hint))(latents, t)
+    torch.testing.assert_close(found, bare + 3 * (prompted - bare), rtol=1e-3, atol=1e-3)
 
 
 def test_each_call_gets_a_fresh_scheduler(pipe):

@@ -24,6 +24,7 @@ from controlfill.inference.complete import choose_windows, generate_batch, make_
 from controlfill.options import SampleOptions
 
 SIDES = st.integers(1, 200)
+TIMES = torch.tensor([500])
 
 
 @given(length=SIDES, window=st.integers(1, 64), share=st.floats(0, 0.9))
@@ -110,7 +111,7 @@ def test_a_window_sees_its_own_part_of_the_hint_and_its_own_prompt(pipe):
     options = SampleOptions(window_size=64, window_overlap=0.0, guidance_scale=3.0)
     latents = torch.randn((2, 4, 16, 32), generator=torch.Generator().manual_seed(0))
     open_ = torch.ones(2, 1, 16, 32)
-    tiled = make_denoise(pipe, batch, options, open_)
+    tiled = make_denoise(pipe, batch, options, open_, TIMES)
     assert isinstance(tiled, TiledDenoise)
     with torch.no_grad():
         together = tiled(latents, torch.tensor(500))
@@ -123,7 +124,7 @@ def test_a_window_sees_its_own_part_of_the_hint_and_its_own_prompt(pipe):
                                     batch.prompts, strict=True)],
                 pipe.spec,
             )  # fmt: skip
-            alone = make_denoise(pipe, part, options, open_[..., :16])
+            alone = make_denoise(pipe, part, options, open_[..., :16], TIMES)
             expected = alone(latents[..., left : left + 16], torch.tensor(500))
             found = together[..., left : left + 16]
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
@@ -133,7 +134,9 @@ def test_windows_without_anything_to_do_are_left_out(pipe):
     batch = batch_of(pipe, 64, 256)
     open_ = torch.zeros(1, 1, 16, 64)
     open_[..., 60:] = 1
-    tiled = make_denoise(pipe, batch, SampleOptions(window_size=64, window_overlap=0.5), open_)
+    tiled = make_denoise(
+        pipe, batch, SampleOptions(window_size=64, window_overlap=0.5), open_, TIMES
+    )
     assert isinstance(tiled, TiledDenoise)
     assert tiled.batches == [[(0, 48)]]
 

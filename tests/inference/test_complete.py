@@ -75,6 +75,8 @@ def test_seed_prompt_guidance_and_control_change_the_hole(pipe, photo, hole):
     changes = [
         {}, {"seed": 1}, {"prompt": "navy star"}, {"negative_prompt": "red"},
         {"guidance_scale": 1.0}, {"controlnet_conditioning_scale": 0.0},
+        {"control_guidance_start": 0.5}, {"control_guidance_end": 0.5}, {"guidance_start": 0.5},
+        {"guidance_end": 0.5}, {"control_prompted_only": True},
     ]  # fmt: skip
     pictures = [inpaint(pipe, photo, hole, SampleOptions(**{**base, **c})).image for c in changes]
     again = inpaint(pipe, photo, hole, SampleOptions(**base)).image
