@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -156,47 +157,76 @@ def training_bar(log_steps: int) -> Iterator[Callable[[Any], None]]:
 def inpaint(options: opts.InpaintOptions) -> None:
     """`controlfill inpaint`."""
     quiet_libraries()
-    from controlfill.images import as_mask, open_image
-    from controlfill.inference.complete import inpaint as complete
+    from controlfill.images import as_photo
+    from controlfill.inference.complete import inpaint as fill
+    from controlfill.inference.holes import open_hole
 
-    photo = open_image(options.image)
-    hole = as_mask(open_image(options.mask), photo.size)
-    with sampling(options) as (pipeline, progress):
-        result = complete(pipeline, photo, hole, options, progress)
-    say(f"wrote {result.save(options.output_dir)}")
+    photo, mask = as_photo(options.image), as_photo(options.mask)
+    open_hole(mask, photo, options)  # a mistake is told before anything is loaded
+    run_seeds(options, "inpainted", lambda p, o, progress: fill(p, photo, mask, o, progress))
 
 
 def outpaint(options: opts.OutpaintOptions) -> None:
     """`controlfill outpaint`."""
     quiet_libraries()
-    from controlfill.images import open_image
+    from controlfill.images import as_photo
     from controlfill.inference.outpaint import choose_sides
     from controlfill.inference.outpaint import outpaint as grow
 
-    photo = open_image(options.image)
-    choose_sides(photo.size, options)  # a mistake is told before anything is loaded
-    with sampling(options) as (pipeline, progress):
-        result = grow(pipeline, photo, options, progress)
-    say(f"wrote {result.save(options.output_dir, 'outpainted.png')}")
+    photo = as_photo(options.image)
+    choose_sides(photo.size, options)
+    run_seeds(options, "outpainted", lambda p, o, progress: grow(p, photo, o, progress))
 
 
-@contextmanager
-def sampling(
+def run_seeds(
     options: opts.InpaintOptions | opts.OutpaintOptions | opts.GenerateOptions,
-) -> Iterator[tuple[Any, Any]]:
-    """The pipeline that `options` name, and a bar to tell its progress to."""
+    name: str,
+    make: Callable[[Any, Any, Any], Any],
+) -> None:
+    """Make one result for each seed that `options` ask for, and a contact sheet of several."""
+    from controlfill.inference.complete import save_sheet
+
+    pipeline = load_pipeline(options)
+    results = []
+    for seed in range(options.seed, options.seed + options.num_images):
+        with progress_bar() as bar:
+            task = bar.add_task("sampling", total=options.num_inference_steps)
+
+            def told(done: int, total: int, bar: Progress = bar, task: Any = task) -> None:
+                bar.update(task, completed=done, total=total)
+
+            results.append(make(pipeline, replace(options, seed=seed), told))
+        one = f"{name}.png" if options.num_images == 1 else f"{name}_{seed}.png"
+        say(f"wrote {results[-1].save(options.output_dir, one)}")
+    if len(results) > 1:
+        say(f"wrote {save_sheet(results, options.output_dir / 'contact.png')}")
+
+
+def batch(options: opts.BatchOptions) -> None:
+    """`controlfill batch`."""
+    quiet_libraries()
+    from controlfill.inference.batch import find_jobs, run_batch
+
+    find_jobs(options)  # a mistake is told before anything is loaded
+    pipeline = load_pipeline(options)
+    with reporting() as report:
+        written, skipped = run_batch(pipeline, options, report)
+    for reason in skipped:
+        say(f"skipped: {reason}")
+    say(f"wrote {len(written)} pictures to {options.output_dir}, skipped {len(skipped)}")
+
+
+def load_pipeline(options: Any) -> Any:
+    """The pipeline that the options of a filling command name."""
     from controlfill.inference.pipeline import load
 
-    pipeline = load(
+    return load(
         options.base,
         options.control,
         conditioning=options.conditioning,
         device=options.device,
         mixed_precision=options.mixed_precision,
     )
-    with progress_bar() as bar:
-        task = bar.add_task("sampling", total=options.num_inference_steps)
-        yield pipeline, lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def infer(options: opts.InferOptions) -> None:
@@ -272,13 +302,11 @@ def cache(options: opts.CacheOptions) -> None:
 def generate(options: opts.GenerateOptions) -> None:
     """`controlfill generate`."""
     quiet_libraries()
-    from controlfill.images import open_image
+    from controlfill.images import as_photo
     from controlfill.inference.complete import follow
 
-    hint = open_image(options.hint)
-    with sampling(options) as (pipeline, progress):
-        result = follow(pipeline, hint, options, progress)
-    say(f"wrote {result.save(options.output_dir, 'generated.png')}")
+    hint = as_photo(options.hint)
+    run_seeds(options, "generated", lambda p, o, progress: follow(p, hint, o, progress))
 
 
 def prepare_table(options: opts.PrepareTableOptions) -> None:
@@ -346,6 +374,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "train_lightning": (opts.LightningOptions, train_lightning),
     "inpaint": (opts.InpaintOptions, inpaint),
     "outpaint": (opts.OutpaintOptions, outpaint),
+    "batch": (opts.BatchOptions, batch),
     "infer": (opts.InferOptions, infer),
     "generate": (opts.GenerateOptions, generate),
     "evaluate": (opts.EvaluateOptions, evaluate),

@@ -15,7 +15,7 @@ import torch
 
 from controlfill.inference.complete import inpaint
 from controlfill.inference.pipeline import load, pick_device
-from controlfill.options import SampleOptions, TrainOptions
+from controlfill.options import HoleOptions, TrainOptions
 from controlfill.training.run import train
 
 PACKAGES = ("controlfill", "torch", "diffusers", "transformers", "accelerate", "safetensors",
@@ -83,5 +83,5 @@ def smoke_inpaint(device: str) -> str:
     began = time.perf_counter()
     image, mask = np.full((64, 64, 3), 90, np.uint8), np.zeros((64, 64), np.uint8)
     mask[16:48, 16:48] = 255
-    inpaint(load(device=device), image, mask, SampleOptions(num_inference_steps=1))
+    inpaint(load(device=device), image, mask, HoleOptions(num_inference_steps=1))
     return f"one sampling step: {time.perf_counter() - began:.1f} s"

@@ -189,6 +189,18 @@ def as_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
 
     Raises UserError when the sizes differ or nothing is white.
     """
+    return some_white(np.where(as_grey(mask, size) > 127, 255, 0).astype(np.uint8))
+
+
+def some_white(mask: np.ndarray) -> np.ndarray:
+    """`mask` itself. Raises UserError when nothing is white."""
+    if not mask.any():
+        raise UserError("the mask is all black, so there is nothing to fill; paint the hole white")
+    return mask
+
+
+def as_grey(mask: Any, size: tuple[int, int]) -> np.ndarray:
+    """A mask as greys uint8 (H, W) for a picture of `size`. Raises UserError for other sizes."""
     photo = as_photo(mask)
     if photo.size != size:
         (height, width), (rows, columns) = size, photo.size
@@ -198,11 +210,7 @@ def as_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
         )
     grey = photo.rgb.mean(axis=2)
     # Masks of 0 and 1 are common in segmentation data; no picture means its darkest greys by them.
-    threshold = 127.5 if grey.max() > 1 else 0.5
-    values = np.where(grey > threshold, 255, 0).astype(np.uint8)
-    if not values.any():
-        raise UserError("the mask is all black, so there is nothing to fill; paint the hole white")
-    return values
+    return np.rint(grey if grey.max() > 1 else grey * 255).astype(np.uint8)
 
 
 def save_image(

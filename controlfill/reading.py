@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import tyro
 
@@ -61,7 +61,6 @@ def own_names(arguments: list[str]) -> list[str]:
 def read_config(cls: type[Any], file: str) -> dict[str, Any]:
     """The options in a YAML file, each checked against its field. Raises UserError."""
     import yaml
-    from pydantic import TypeAdapter, ValidationError
 
     try:
         values = yaml.safe_load(Path(file).read_text("utf-8"))
@@ -69,21 +68,7 @@ def read_config(cls: type[Any], file: str) -> dict[str, Any]:
         raise UserError(f"--config {file} can't be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {file} holds no `option: value` lines")
-    types = opts.field_types(cls)
-    checked = {}
-    for word, value in values.items():
-        key = opts.ALIASES.get(word, word)
-        if key not in types:
-            raise UserError(f"{file}: {key} is no option; there are: {', '.join(types)}")
-        if value is False and "no" in get_args(types[key]):
-            value = "no"  # noqa: PLW2901  (an unquoted no means false in YAML)
-        try:
-            checked[key] = TypeAdapter(types[key]).validate_python(value)
-        except ValidationError as error:
-            raise UserError(
-                f"{file}: {key}: {error.errors()[0]['msg']}, found {value!r}"
-            ) from error
-    return checked
+    return opts.check_values(cls, values, file)
 
 
 def take_engine(name: str, arguments: list[str]) -> tuple[str, list[str]]:

@@ -15,11 +15,16 @@ DATA = {
     "max_train_samples", "shuffle_buffer",
 }  # fmt: skip
 SAMPLE = {
+    "strength", "fill", "match_colours", "num_images",
     "prompt", "negative_prompt", "guidance_scale", "controlnet_conditioning_scale",
     "num_inference_steps", "scheduler", "seed", "feather", "mixed_precision", "device",
     "output_dir", "conditioning", "window_size", "window_overlap", "window_batch",
     "control_guidance_start", "control_guidance_end", "control_prompted_only", "guidance_start",
     "guidance_end",
+}  # fmt: skip
+HOLE = SAMPLE | {
+    "mask_polarity", "invert_mask", "grow_mask", "soft_mask", "only_masked", "context",
+    "context_box", "separate_holes",
 }  # fmt: skip
 CONTROL = DATA | {
     "image_dir", "pretrained_model_name_or_path", "controlnet_model_name_or_path", "conditioning",
@@ -55,10 +60,13 @@ FLAGS = {
     "prepare table": DATA | {"data", "out", "count", "make_hint", "image_format"},
     "prepare shards": DATA | {"data", "out", "count", "make_hint", "image_format", "per_shard"},
     "generate": SAMPLE | {"hint", "control", "base"},
-    "inpaint": SAMPLE | {"image", "mask", "control", "base"},
+    "inpaint": HOLE | {"image", "mask", "control", "base"},
     "outpaint": SAMPLE
     | {"image", "control", "base", "left", "right", "top", "bottom", "expand", "to", "anchor"},
-    "infer": SAMPLE
+    "batch": (HOLE - {"image", "mask", "num_images"})
+    | {"data", "mask_dir", "control", "base"}
+    | {"left", "right", "top", "bottom", "expand", "to", "anchor"},
+    "infer": HOLE
     | {
         "checkpoint_path", "input_image", "input_mask", "pretrained_model_name_or_path",
     },

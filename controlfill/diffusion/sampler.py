@@ -23,10 +23,22 @@ from controlfill.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """Latents that must be kept where `mask` (B, 1, h, w) is 0."""
+    """Latents that must be kept where `mask` (B, 1, h, w) is 0.
+
+    Between 0 and 1 they are kept until that share of the steps is left, so they change little
+    (differential diffusion, Levin and Fried 2023).
+    """
 
     latents: Tensor
     mask: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run that does not begin from pure noise begins: `latents` noised as by `step`."""
+
+    latents: Tensor
+    step: int
 
 
 Times = frozenset[float] | None
@@ -95,25 +107,40 @@ def sample(
     denoise: Callable[[Tensor, Tensor], Tensor],
     scheduler: Any,
     noise: Tensor,
-    rng: torch.Generator,
+    rng: torch.Generator | list[torch.Generator],
     known: Known | None = None,
+    start: Start | None = None,
 ) -> Iterator[Tensor]:
     """Yield the latents (B, C, h, w) after each step, from unit `noise` to the picture's.
 
-    Known latents are put back after every step, noised as far as that step has come.
+    Known latents are put back after every step, noised as far as that step has come. `rng` is one
+    for all pictures or one for each.
     """
-    latents = noise * scheduler.init_noise_sigma
     times = scheduler.timesteps
+    latents = begin(scheduler, noise, start)
     extra: dict[str, Any] = {"generator": rng} if isinstance(scheduler, TAKES_NOISE) else {}
     for i, t in enumerate(times):
+        if start is not None and i < start.step:
+            continue
         prediction = denoise(scheduler.scale_model_input(latents, t), t)
         latents = scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
         if known is not None:
             there = known.latents
             if i + 1 < len(times):
                 there = scheduler.add_noise(there, noise, times[i + 1 : i + 2])
-            latents = torch.where(known.mask > 0.5, latents, there)
+            latents = torch.where(known.mask > 1 - (i + 1) / len(times), latents, there)
         yield latents
+
+
+def begin(scheduler: Any, noise: Tensor, start: Start | None) -> Tensor:
+    """The latents before the first step: pure noise, or those of `start` with its share of it."""
+    if start is None:
+        return noise * scheduler.init_noise_sigma
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(start.step)
+    return scheduler.add_noise(
+        start.latents, noise, scheduler.timesteps[start.step : start.step + 1]
+    )
 
 
 class Denoise:

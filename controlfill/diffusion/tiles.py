@@ -174,19 +174,19 @@ def _in_windows(windows: Windows, make: Callable[[Place], Tensor]) -> Tensor:
     return blend.mean()
 
 
-def draw_noise(seed: int, shape: Sequence[int], origin: Place = (0, 0)) -> Tensor:
+def draw_noise(seeds: Sequence[int], shape: Sequence[int], origin: Place = (0, 0)) -> Tensor:
     """Unit noise (B, C, h, w) that belongs to places: the same cell always has the same noise.
 
-    `origin` is the place of the first cell; a canvas that grew upwards or to the left has a
-    negative one. Each picture of a batch has noise of its own, whatever the size of the batch.
+    One picture for each of `seeds`, each (C, h, w) of `shape`. `origin` is the place of the first
+    cell; a canvas that grew upwards or to the left has a negative one.
     """
-    count, channels, height, width = shape
+    channels, height, width = shape
     (top, left), (bottom, right) = origin, (origin[0] + height, origin[1] + width)
     rows = range(top // BLOCK, -(-bottom // BLOCK))
     columns = range(left // BLOCK, -(-right // BLOCK))
     blocks = torch.cat(
         [
-            torch.cat([_block(seed, count, channels, (row, column)) for column in columns], dim=-1)
+            torch.cat([_block(seeds, channels, (row, column)) for column in columns], dim=-1)
             for row in rows
         ],
         dim=-2,
@@ -195,12 +195,12 @@ def draw_noise(seed: int, shape: Sequence[int], origin: Place = (0, 0)) -> Tenso
     return blocks[..., down : down + height, along : along + width].contiguous()
 
 
-def _block(seed: int, count: int, channels: int, place: Place) -> Tensor:
+def _block(seeds: Sequence[int], channels: int, place: Place) -> Tensor:
     """The noise (B, C, BLOCK, BLOCK) of one block."""
     drawn = []
-    for number in range(count):
-        # Seeds are never negative, places may be.
-        words = (seed, number, place[0] + 2**31, place[1] + 2**31)
+    for seed in seeds:
+        # Words of a seed are never negative, places may be.
+        words = (seed, place[0] + 2**31, place[1] + 2**31)
         state = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
         rng = torch.Generator().manual_seed(state)
         drawn.append(torch.randn((channels, BLOCK, BLOCK), generator=rng))

@@ -15,8 +15,8 @@ from controlfill.data.worlds import HELD_OUT, PATTERNED, World
 from controlfill.evaluation.judge import Verdict, judge
 from controlfill.evaluation.metrics import Scores, score, summarize
 from controlfill.images import paste, to_uint8
-from controlfill.inference.complete import generate_batch, guidance_scale
 from controlfill.inference.fill import check_fills, fill_with
+from controlfill.inference.generate import generate_batch, guidance_scale
 from controlfill.inference.pipeline import Pipeline
 from controlfill.options import EvaluateOptions, SampleOptions
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from controlfill.errors import UserError
 from controlfill.images import Photo, as_photo
-from controlfill.inference.complete import Result, complete
+from controlfill.inference.complete import Result, check_fills, complete, make_result
 from controlfill.inference.pipeline import Pipeline, Progress
 from controlfill.options import GrowOptions
 
@@ -43,17 +43,19 @@ def outpaint(
 
     Raises UserError when nothing is added, and InterruptedError when `progress` returns False.
     """
+    check_fills(pipeline)
     photo = as_photo(image)
     sides = choose_sides(photo.size, options)
     canvas, hole = enlarge(photo, sides)
-    return complete(pipeline, canvas, hole, options, progress, (sides.top, sides.left))
+    old = (sides.top, sides.left)
+    made = complete(pipeline, canvas.rgb, hole, options, progress, old)
+    return make_result(pipeline, canvas, hole, made, options)
 
 
 def choose_sides(size: tuple[int, int], options: GrowOptions) -> Sides:
     """What `options` add to a picture of `size` (height, width). Raises UserError."""
-    asked = Sides(left=options.left, right=options.right, top=options.top, bottom=options.bottom)
-    ways = [asked.any(), options.expand is not None, options.to is not None]
-    if sum(ways) != 1:
+    asked = sides_asked(options)
+    if sum([asked.any(), options.expand is not None, options.to is not None]) != 1:
         raise UserError(
             "say how large the picture shall be in one way: --left, --right, --top, --bottom in "
             "pixels, or --expand 50%, or --to 1920x1080"
@@ -62,6 +64,16 @@ def choose_sides(size: tuple[int, int], options: GrowOptions) -> Sides:
         down, right = (round(side * read_share(options.expand)) for side in size)
         return Sides(left=right, right=right, top=down, bottom=down)
     return reach(size, options.to, options.anchor) if options.to is not None else asked
+
+
+def sides_asked(options: GrowOptions) -> Sides:
+    """The pixels that `options` name side by side."""
+    return Sides(left=options.left, right=options.right, top=options.top, bottom=options.bottom)
+
+
+def wants_more(options: GrowOptions) -> bool:
+    """Whether `options` ask for a larger picture at all."""
+    return sides_asked(options).any() or options.expand is not None or options.to is not None
 
 
 def read_share(text: str) -> float:

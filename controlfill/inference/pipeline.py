@@ -21,7 +21,7 @@ from controlfill.models.controlnet import (
     load_controlnet,
     read_control_header,
 )
-from controlfill.options import GrowOptions, SampleOptions
+from controlfill.options import GrowOptions, HoleOptions, SampleOptions
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
@@ -55,13 +55,13 @@ class Pipeline:
     ) -> Result:
         """Fill the white part of `mask` in `image`: paths, PIL pictures, arrays or tensors.
 
-        `options` are those of SampleOptions (seed, guidance_scale, num_inference_steps, feather,
-        ...). Raises UserError when sizes differ or the mask is black, and InterruptedError when
-        `progress` returns False.
+        `options` are those of HoleOptions (seed, guidance_scale, num_inference_steps, feather,
+        only_masked, ...). Raises UserError when sizes differ or nothing is to be filled, and
+        InterruptedError when `progress` returns False.
         """
         from controlfill.inference.complete import inpaint
 
-        return inpaint(self, image, mask, SampleOptions(prompt=prompt, **options), progress)
+        return inpaint(self, image, mask, HoleOptions(prompt=prompt, **options), progress)
 
     def outpaint(
         self,

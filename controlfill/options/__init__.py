@@ -13,16 +13,20 @@ from controlfill.options.base import (
     Options,
     Precision,
     check_numbers,
+    check_values,
     field_types,
 )
 from controlfill.options.data import DataOptions, MaskOptions, PreviewOptions
 from controlfill.options.filling import (
+    BatchOptions,
+    ChangeOptions,
     DemoOptions,
     DoctorOptions,
     EvaluateOptions,
     FillOptions,
     GenerateOptions,
     GrowOptions,
+    HoleOptions,
     InferOptions,
     InpaintOptions,
     OutpaintOptions,
@@ -37,10 +41,11 @@ from controlfill.options.training import (
 )
 
 __all__ = [
-    "ALIASES", "LEAST", "MASK_KINDS", "SD15", "SHARES", "CacheOptions", "ControlOptions",
-    "DataOptions", "DemoOptions", "DoctorOptions", "EvaluateOptions", "FillOptions",
-    "GenerateOptions", "GrowOptions", "InferOptions", "InpaintOptions", "LightningOptions",
-    "MaskOptions", "Options", "OutpaintOptions", "Precision",
-    "PrepareShardsOptions", "PrepareTableOptions", "PreviewOptions", "SampleOptions",
-    "TrainOptions", "check_numbers", "field_types",
+    "ALIASES", "LEAST", "MASK_KINDS", "SD15", "SHARES", "BatchOptions", "CacheOptions",
+    "ChangeOptions", "ControlOptions", "DataOptions", "DemoOptions", "DoctorOptions",
+    "EvaluateOptions", "FillOptions", "GenerateOptions", "GrowOptions", "HoleOptions",
+    "InferOptions", "InpaintOptions", "LightningOptions", "MaskOptions", "Options",
+    "OutpaintOptions", "Precision", "PrepareShardsOptions", "PrepareTableOptions",
+    "PreviewOptions", "SampleOptions", "TrainOptions", "check_numbers", "check_values",
+    "field_types",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from controlfill.errors import UserError
 
@@ -15,6 +15,9 @@ Anchor = Literal[
     "top-left", "top", "top-right", "left", "center", "right",
     "bottom-left", "bottom", "bottom-right",
 ]  # fmt: skip
+FillName = Literal[
+    "telea", "navier-stokes", "biharmonic", "edge", "mirror", "mean", "blur", "noise"
+]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 # The least value of options that are numbers, by name: the same name means the same everywhere.
@@ -30,13 +33,18 @@ LEAST = {
     "num_nodes": 1, "early_stopping_patience": 1, "overfit_batches": 0, "snr_gamma": 0.001,
     "noise_offset": 0, "hole_weight": 0, "num_validation_images": 1, "validation_steps": 1,
     "variants": 1, "count": 1, "per_shard": 1, "window_size": 0,
-    "window_batch": 1, "left": 0, "right": 0, "top": 0, "bottom": 0,
+    "window_batch": 1, "context": 1, "num_images": 1, "left": 0, "right": 0, "top": 0, "bottom": 0,
 }  # fmt: skip
 SHARES = {
     "ema_decay": (0, 0.999999),
     "proportion_empty_prompts": (0, 1),
     "val_split": (0, 0.9),
     "window_overlap": (0, 0.9),
+    "control_guidance_start": (0, 1),
+    "control_guidance_end": (0, 1),
+    "guidance_start": (0, 1),
+    "guidance_end": (0, 1),
+    "strength": (0, 1),
 }
 # Other names that users know, for the same option.
 ALIASES = {"checkpointing_steps": "save_steps"}
@@ -72,6 +80,26 @@ def check_numbers(options: Options) -> None:
         value = getattr(options, name, low)
         if not low <= value <= high:
             raise UserError(f"--{name} is {value}; it lies between {low} and {high}")
+
+
+def check_values(cls: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]:
+    """`values` as the fields of options `cls` want them. Raises UserError that names `where`."""
+    from pydantic import TypeAdapter, ValidationError
+
+    types = field_types(cls)
+    checked = {}
+    for word, value in values.items():
+        key = ALIASES.get(word, word)
+        if key not in types:
+            raise UserError(f"{where}: {key} is no option; there are: {', '.join(types)}")
+        if value is False and "no" in get_args(types[key]):
+            value = "no"  # noqa: PLW2901  (an unquoted no means false in YAML)
+        try:
+            checked[key] = TypeAdapter(types[key]).validate_python(value)
+        except ValidationError as error:
+            found = f"{error.errors()[0]['msg']}, found {value!r}"
+            raise UserError(f"{where}: {key}: {found}") from error
+    return checked
 
 
 def field_types(cls: type[Any]) -> dict[str, Any]:

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
-from controlfill.options.base import Anchor, Device, Options, Precision, SchedulerName, SpecName
+from controlfill.options.base import (
+    Anchor,
+    Device,
+    FillName,
+    Options,
+    Precision,
+    SchedulerName,
+    SpecName,
+)
 from controlfill.options.data import DataOptions
 
 
@@ -40,6 +49,14 @@ class SampleOptions(Options):
     """Sampling method; unipc and dpm++2m use Karras sigmas where the base allows it."""
     seed: int = 42
     """Seed of the noise."""
+    strength: float = 1.0
+    """How far the hole is noised before it is redrawn: 1 knows nothing of what was there, less
+    keeps more of it, 0 is no sampling at all."""
+    fill: FillName | None = None
+    """A classical fill to start from instead of what was in the hole; with --strength 0 it is the
+    result."""
+    match_colours: bool = False
+    """Give back the colours that known pixels lost on their way through the networks."""
     feather: int = 0
     """Pixels around the hole over which old and new blend; 0 leaves each known pixel alone."""
     window_size: int | None = None
@@ -49,6 +66,28 @@ class SampleOptions(Options):
     """Share of a window that it has in common with the next."""
     window_batch: int = 4
     """Windows that go through the networks together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoleOptions(SampleOptions):
+    """How a picture is sampled, what its mask means, and what is looked at."""
+
+    mask_polarity: Literal["white", "black", "transparent"] = "white"
+    """Which part of the mask is to be generated."""
+    invert_mask: bool = False
+    """Generate what the mask keeps."""
+    grow_mask: int = 0
+    """Pixels by which the hole grows on all sides; fewer than 0 let it shrink."""
+    soft_mask: bool = False
+    """Let a grey of the mask say how much may change there, instead of being black or white."""
+    only_masked: bool = False
+    """Look only at the surroundings of the hole: faster and finer in large pictures."""
+    context: float = 1.5
+    """How much larger than the hole those are; at least the base's own size."""
+    context_box: tuple[int, int, int, int] | None = None
+    """LEFT TOP WIDTH HEIGHT of the part to look at, in pixels; the hole lies within it."""
+    separate_holes: bool = False
+    """Fill holes that lie apart one after the other, each in its own surroundings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +125,16 @@ class PlaceOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FillOptions(PlaceOptions, SampleOptions):
-    """How to sample, where to compute, where to write."""
+class SeedsOptions(PlaceOptions):
+    """The same for commands that make one picture, in as many seeds as asked."""
+
+    num_images: int = 1
+    """Results in so many seeds, counted from --seed, and a contact sheet of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillOptions(SeedsOptions, HoleOptions):
+    """How to fill, where to compute, where to write."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +152,7 @@ class InpaintOptions(FillOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutpaintOptions(PlaceOptions, GrowOptions):
+class OutpaintOptions(SeedsOptions, GrowOptions):
     """Continue IMAGE beyond its borders by any number of pixels; writes outpainted.png."""
 
     image: Positional[Path]
@@ -117,7 +164,26 @@ class OutpaintOptions(PlaceOptions, GrowOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(FillOptions):
+class ChangeOptions(HoleOptions, GrowOptions):
+    """All that may differ from one picture of a batch to the next."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions(PlaceOptions, ChangeOptions):
+    """Fill or grow many pictures; writes them and manifest.jsonl, and goes on where it stopped."""
+
+    data: Positional[Path]
+    """Folder of pictures, or a .jsonl file: a line per picture with image, mask and options."""
+    mask_dir: Path | None = None
+    """Folder of masks, named as their pictures; without masks pictures are grown."""
+    control: str | None = None
+    """ControlNet: checkpoint folder, final_model, diffusers folder, .safetensors, or `embedded`."""
+    base: str | None = None
+    """The base; otherwise the one the ControlNet was trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(SeedsOptions, SampleOptions):
     """Paint a picture that follows a conditioning picture; writes generated.png."""
 
     hint: Path

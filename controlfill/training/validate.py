@@ -16,7 +16,7 @@ from controlfill.errors import UserError
 from controlfill.images import as_mask, as_photo, as_rgb, grid, resize
 from controlfill.inference.complete import follow, inpaint
 from controlfill.inference.pipeline import Pipeline
-from controlfill.options import SampleOptions, TrainOptions
+from controlfill.options import HoleOptions, TrainOptions
 from controlfill.training.batches import Place, make_batches
 from controlfill.training.start import Run
 
@@ -150,7 +150,7 @@ def draw_requests(pipeline: Pipeline, options: TrainOptions) -> np.ndarray | Non
         seeds = range(options.seed, options.seed + options.num_validation_images)
         row = [photo.rgb]
         for seed in seeds:
-            sampling = SampleOptions(prompt=prompt, seed=seed, num_inference_steps=STEPS)
+            sampling = HoleOptions(prompt=prompt, seed=seed, num_inference_steps=STEPS)
             if pipeline.spec.given:
                 result = follow(pipeline, file, sampling)
             else:

@@ -17,7 +17,7 @@ from controlfill.data.hints import show_hint
 from controlfill.data.sample import Batch
 from controlfill.errors import UserError
 from controlfill.images import as_rgb, grid, to_uint8
-from controlfill.inference.complete import generate_batch
+from controlfill.inference.generate import generate_batch
 from controlfill.inference.pipeline import Pipeline
 from controlfill.options import SampleOptions
 

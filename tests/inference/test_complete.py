@@ -9,10 +9,11 @@ from controlfill.data.sample import Sample, collate
 from controlfill.data.worlds import HELD_OUT, WORLDS
 from controlfill.errors import UserError
 from controlfill.images import Photo, read_settings
-from controlfill.inference.complete import Result, generate_batch, inpaint
-from controlfill.options import SampleOptions
+from controlfill.inference.complete import Result, inpaint
+from controlfill.inference.generate import generate_batch
+from controlfill.options import HoleOptions
 
-FAST = SampleOptions(num_inference_steps=2)
+FAST = HoleOptions(num_inference_steps=2)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (45, 70), (64, 64), (400, 6), (17, 131)])
@@ -29,14 +30,14 @@ def test_a_long_thin_picture(pipe):
     image = np.full((40, 5000, 3), 90, np.uint8)
     mask = np.zeros((40, 5000), np.uint8)
     mask[10:30, 2000:2100] = 255
-    result = inpaint(pipe, image, mask, SampleOptions(num_inference_steps=1))
+    result = inpaint(pipe, image, mask, HoleOptions(num_inference_steps=1))
     np.testing.assert_array_equal(result.image[mask == 0], image[mask == 0])
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "unipc", "dpm++2m", "euler"])
 @pytest.mark.parametrize("feather", [0, 5])
 def test_known_bytes_for_every_scheduler(pipe, photo, hole, scheduler, feather):
-    options = SampleOptions(num_inference_steps=3, scheduler=scheduler, feather=feather)
+    options = HoleOptions(num_inference_steps=3, scheduler=scheduler, feather=feather)
     result = inpaint(pipe, photo, hole, options)
     far = np.ones_like(hole, bool)
     far[10 - feather : 30 + feather, 20 - feather : 50 + feather] = False
@@ -48,7 +49,7 @@ def test_known_bytes_for_every_scheduler(pipe, photo, hole, scheduler, feather):
 
 def test_alpha_is_kept_and_settings_travel(pipe, photo, hole, tmp_path):
     alpha = np.arange(photo[..., 0].size, dtype=np.uint32).reshape(hole.shape).astype(np.uint8)
-    options = SampleOptions(num_inference_steps=1, prompt="a red star", seed=9)
+    options = HoleOptions(num_inference_steps=1, prompt="a red star", seed=9)
     result = inpaint(pipe, Photo(rgb=photo, alpha=alpha), hole, options)
     path = result.save(tmp_path / "out")
     with Image.open(path) as written:
@@ -78,8 +79,8 @@ def test_seed_prompt_guidance_and_control_change_the_hole(pipe, photo, hole):
         {"control_guidance_start": 0.5}, {"control_guidance_end": 0.5}, {"guidance_start": 0.5},
         {"guidance_end": 0.5}, {"control_prompted_only": True},
     ]  # fmt: skip
-    pictures = [inpaint(pipe, photo, hole, SampleOptions(**{**base, **c})).image for c in changes]
-    again = inpaint(pipe, photo, hole, SampleOptions(**base)).image
+    pictures = [inpaint(pipe, photo, hole, HoleOptions(**{**base, **c})).image for c in changes]
+    again = inpaint(pipe, photo, hole, HoleOptions(**base)).image
     np.testing.assert_array_equal(pictures[0], again)
     assert len({p.tobytes() for p in pictures}) == len(changes)
 

@@ -7,7 +7,7 @@ from controlfill.errors import UserError
 from controlfill.inference.fill import FILLS, check_fills, fill_with
 
 
-@pytest.mark.parametrize("name", sorted(FILLS))
+@pytest.mark.parametrize("name", ["telea", "navier-stokes", "biharmonic"])
 def test_a_gradient_is_continued(name, photo, hole):
     blank = photo.copy()
     blank[hole > 0] = 0

@@ -49,7 +49,7 @@ def test_a_feather_stays_within_its_pixels(pipe, photo):
 
 def test_a_canvas_grown_later_has_the_same_noise(pipe, photo):
     """With one window and no step that mixes places, equal cells see equal noise."""
-    from controlfill.inference import complete as room
+    from controlfill.inference import generate as room
 
     seen = []
     draw = room.draw_noise

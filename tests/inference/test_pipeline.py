@@ -34,10 +34,10 @@ def test_the_public_door_is_the_same():
 
 def test_the_python_way_in_is_the_command(pipe, photo, hole):
     from controlfill.inference.complete import inpaint
-    from controlfill.options import SampleOptions
+    from controlfill.options import HoleOptions
 
     ours = pipe.inpaint(photo, hole, "a red star", seed=3, num_inference_steps=2)
-    options = SampleOptions(prompt="a red star", seed=3, num_inference_steps=2)
+    options = HoleOptions(prompt="a red star", seed=3, num_inference_steps=2)
     assert (ours.image == inpaint(pipe, photo, hole, options).image).all()
     with pytest.raises(InterruptedError):
         pipe.inpaint(photo, hole, num_inference_steps=2, progress=lambda *_: False)

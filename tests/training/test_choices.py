@@ -79,7 +79,7 @@ def test_a_general_controlnet_learns_from_fill50ks_layout(small_run, tmp_path):
     from controlfill.data.prepare import prepare_table
     from controlfill.inference.complete import follow, inpaint
     from controlfill.inference.pipeline import load
-    from controlfill.options import PrepareTableOptions, SampleOptions
+    from controlfill.options import HoleOptions, PrepareTableOptions
 
     folder = tmp_path / "fill"
     prepare_table(PrepareTableOptions(data="world:shapes", out=folder, count=6, image_size=64))
@@ -87,10 +87,10 @@ def test_a_general_controlnet_learns_from_fill50ks_layout(small_run, tmp_path):
     assert len(finish(options)) == 4
     pipeline = load(control=str(small_run.output_dir), device="cpu")
     hint = folder / "conditioning_images" / "000000.png"
-    result = follow(pipeline, hint, SampleOptions(num_inference_steps=2))
+    result = follow(pipeline, hint, HoleOptions(num_inference_steps=2))
     assert result.image.shape == (64, 64, 3)
     with pytest.raises(UserError, match="follows a conditioning picture and fills no holes"):
-        inpaint(pipeline, hint, np.full((64, 64), 255, np.uint8), SampleOptions())
+        inpaint(pipeline, hint, np.full((64, 64), 255, np.uint8), HoleOptions())
     with pytest.raises(UserError, match="use them with --conditioning image"):
         finish(replace(options, conditioning="masked-image"))
     with pytest.raises(UserError, match="needs conditioning pictures, which this data does not"):

@@ -12,7 +12,7 @@ from controlfill.errors import UserError
 from controlfill.inference.complete import inpaint
 from controlfill.inference.pipeline import load
 from controlfill.models.controlnet import find_controlnet, read_control_header
-from controlfill.options import ControlOptions, LightningOptions, SampleOptions
+from controlfill.options import ControlOptions, HoleOptions, LightningOptions
 from controlfill.training.lightning import train_lightning
 
 
@@ -98,7 +98,7 @@ def test_weights_go_both_ways(small_run, tmp_path, photo, hole):
     frozen = replace(small_run, learning_rate=0.0, max_steps=1)
     finish(replace(frozen, controlnet_model_name_or_path=str(file)))
     assert same_weights(final_weights(told.output_dir), final_weights(frozen.output_dir))
-    result = inpaint(load(control=str(file)), photo, hole, SampleOptions(num_inference_steps=1))
+    result = inpaint(load(control=str(file)), photo, hole, HoleOptions(num_inference_steps=1))
     np.testing.assert_array_equal(result.image[hole == 0], photo[hole == 0])
     (run,) = frozen.output_dir.iterdir()
     back = for_lightning(

@@ -116,12 +116,12 @@ def test_checkpoints_are_limited(small_run):
 def test_every_conditioning_trains_and_fills(name, small_run, photo, hole):
     from controlfill.inference.complete import inpaint
     from controlfill.inference.pipeline import load
-    from controlfill.options import SampleOptions
+    from controlfill.options import HoleOptions
 
     finish(replace(small_run, conditioning=name, max_steps=1))
     pipeline = load(control=str(next(small_run.output_dir.iterdir())), device="cpu")
     assert pipeline.spec.name == name
-    result = inpaint(pipeline, photo, hole, SampleOptions(num_inference_steps=1))
+    result = inpaint(pipeline, photo, hole, HoleOptions(num_inference_steps=1))
     np.testing.assert_array_equal(result.image[hole == 0], photo[hole == 0])
 
 
@@ -199,12 +199,12 @@ def test_own_data_by_the_interface_and_broken_pictures_named(small_run, caplog):
 def test_a_narrow_sd15_trains_a_step_and_infers(small_run, narrow_base, photo, hole):
     from controlfill.inference.complete import inpaint
     from controlfill.inference.pipeline import load
-    from controlfill.options import SampleOptions
+    from controlfill.options import HoleOptions
 
     finish(replace(small_run, pretrained_model_name_or_path=str(narrow_base), max_steps=1))
     pipeline = load(control=str(next(small_run.output_dir.iterdir())), device="cpu")
     assert pipeline.bundle.prediction_type == "epsilon"
-    result = inpaint(pipeline, photo, hole, SampleOptions(num_inference_steps=2, scheduler="unipc"))
+    result = inpaint(pipeline, photo, hole, HoleOptions(num_inference_steps=2, scheduler="unipc"))
     np.testing.assert_array_equal(result.image[hole == 0], photo[hole == 0])
 
 
