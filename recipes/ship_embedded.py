@@ -31,6 +31,8 @@ def main() -> None:
         assert network is not None
         with write_folder(embedded.CONTROL_FOLDER) as folder:
             save_controlnet(network.half(), folder, replace(header, base=embedded.EMBEDDED))
+    for file in embedded.FOLDER.rglob("*.*"):
+        file.chmod(0o644)
     weights = embedded.FOLDER.rglob("*.safetensors")
     print(f"{sum(f.stat().st_size for f in weights) / 1e6:.1f} MB in {embedded.FOLDER}")
 

@@ -11,11 +11,10 @@ export PYTHONPATH=.
 began=$SECONDS
 $PY recipes/embedded_base.py --work_dir "$OUT" --size "$SIZE" --world "$WORLD" \
     --pictures 120000 --vae_steps 4000 --vae_batch 64 --unet_steps 24000 --unet_batch 64
-$PY recipes/embedded_control.py --base "$OUT/base" --out "$OUT/start"
 echo "base: $((SECONDS - began)) s"
 began=$SECONDS
 $PY train.py --config configs/embedded_inpaint.yaml --image_dir "world:$WORLD" \
-    --pretrained_model_name_or_path "$OUT/base" --controlnet_model_name_or_path "$OUT/start" \
+    --pretrained_model_name_or_path "$OUT/base" \
     --image_size "$SIZE" --batch_size 64 --max_steps 12000 --num_workers 12 --output_dir "$OUT" --resume_from_checkpoint latest
 echo "ControlNet: $((SECONDS - began)) s"
 control=$(ls -d "$OUT"/controlnet_inpainting_*/final_model | tail -1)

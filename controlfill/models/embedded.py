@@ -46,7 +46,11 @@ def make_vae() -> AutoencoderKL:
 
 
 def make_unet() -> UNet2DConditionModel:
-    """A fresh UNet with attention at a half and a quarter of the latent size only."""
+    """A fresh UNet with attention at a half and a quarter of the latent size only.
+
+    The prompt also scales and shifts the features of every block, as in DeepFloyd IF: so it reaches
+    the full latent size, where outlines are drawn and attention would be slow on a CPU.
+    """
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -58,6 +62,8 @@ def make_unet() -> UNet2DConditionModel:
         norm_num_groups=16,
         attention_head_dim=4,
         cross_attention_dim=TEXT_WIDTH,
+        addition_embed_type="text",
+        resnet_time_scale_shift="scale_shift",
     )
 
 

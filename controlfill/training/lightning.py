@@ -368,7 +368,10 @@ def make_trainer(options: LightningOptions) -> lit.Trainer:
 def find_learning_rate(trainer: lit.Trainer, module: ControlModule) -> None:
     """Try rising rates on the first batches and take that of the steepest descent."""
     module.finding = True
-    finder: Any = Tuner(trainer).lr_find(module, update_attr=False, num_training=50)
+    # Losses differ more between noise levels than between rates: none of them means divergence.
+    finder: Any = Tuner(trainer).lr_find(
+        module, update_attr=False, num_training=50, early_stop_threshold=None
+    )
     module.finding = False
     found = finder.suggestion() if finder is not None else None
     if found is None:

@@ -1,5 +1,6 @@
 """The benchmarks' own promises: exact counters, honest ratios, the peer's formula."""
 
+import argparse
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import common, flops, stand_in, tiny
+from benchmarks import common, flops, infer, stand_in, tiny
 from benchmarks.guard import compare
 
 
@@ -78,3 +79,16 @@ def test_results_name_machine_and_versions(tmp_path):
     assert {"python", "torch"} <= set(written["versions"])
     assert written["machine"]["cores"] >= 1
     assert "twice as fast" in page.read_text()
+
+
+@pytest.mark.filterwarnings("ignore")  # diffusers' pipeline warns about its own past
+def test_sampling_is_that_of_diffusers_inpaint_pipeline(inputs, monkeypatch):
+    monkeypatch.setattr(infer, "STEPS", 2)
+    options = argparse.Namespace(rounds=1, size=64, window=64)
+    pipeline = infer.load_pair(inputs)
+    found, lines = infer.compare_exact(pipeline, options)
+    assert found["difference"] < infer.TOLERANCE
+    assert lines[-1].endswith("equal")
+    for compare_more in (infer.compare_crop, infer.compare_windows):
+        figures, _ = compare_more(pipeline, options)
+        assert all(f["seconds"]["median"] > 0 for f in figures.values())

@@ -32,7 +32,7 @@ def test_the_shipped_pair_beats_every_classical_fill(measured):
     figures = measured["figures"]
     assert figures["all"][OURS]["hole_psnr"] >= best_classical(figures["all"])
     patterned = figures["patterned"]
-    assert patterned[OURS]["hole_psnr"] >= best_classical(patterned) + 2
+    assert patterned[OURS]["hole_psnr"] >= best_classical(patterned) + 4
 
 
 def test_the_shipped_pair_never_changes_a_known_byte(measured):
@@ -45,13 +45,8 @@ def test_wholly_masked_objects_come_back_in_the_right_colour(measured):
     assert measured["objects"]["colour"] >= 0.95
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the shipped pair paints the shape in about a quarter of cases; 75 % is the promise, "
-    "and this row turns red when it is kept (docs/embedded.md)",
-)
 def test_wholly_masked_objects_come_back_in_the_right_shape_too(measured):
-    assert measured["objects"]["colour_and_shape"] >= 0.75
+    assert measured["objects"]["colour_and_shape"] >= 0.85
 
 
 def test_groups_progress_and_report(pipe, tmp_path):
