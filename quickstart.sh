@@ -9,7 +9,7 @@ PATH="$PWD/.venv/bin:$PATH"
 controlfill doctor
 controlfill preview world:shapes --image_size 64 --output "$OUT/data_sample.png"
 python train.py --image_dir world:shapes --pretrained_model_name_or_path embedded --image_size 64 \
-    --batch_size 16 --learning_rate 2e-3 --max_steps "$STEPS" --log_steps 10 --output_dir "$OUT"
+    --batch_size 16 --learning_rate 1e-3 --lr_scheduler cosine --max_steps "$STEPS" --log_steps 10 --output_dir "$OUT"
 run=$(ls -d "$OUT"/controlnet_inpainting_* | tail -1)
 python infer.py --checkpoint_path "$run/final_model" --input_image docs/pictures/photo.png \
     --input_mask docs/pictures/mask.png --num_inference_steps 20 --output_dir "$OUT/inference" \

@@ -82,7 +82,8 @@ class Geometry:
         height, width = self.part(shape)
         top, left = round(self.place * (shape[0] - height)), round(self.place * (shape[1] - width))
         part = array[top : top + height, left : left + width]
-        return np.ascontiguousarray(part[:, ::-1] if self.flip else part)
+        # OpenCV reads a view as fast as a copy, but not one that runs backwards.
+        return np.ascontiguousarray(part[:, ::-1]) if self.flip else part
 
 
 def draw_geometry(

@@ -270,7 +270,7 @@ class DemoOptions(Options):
     output_dir: Path = Path("./demo")
     """Folder of the page and its pictures."""
     max_steps: int = 600
-    """Training steps of the little run; the loss begins to fall after some 300."""
+    """Training steps of the little run; the loss halves in some 200."""
     num_samples: int = 64
     """Held-out pictures measured."""
     seed: int = 42
