@@ -189,7 +189,12 @@ def as_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
 
     Raises UserError when the sizes differ or nothing is white.
     """
-    return some_white(np.where(as_grey(mask, size) > 127, 255, 0).astype(np.uint8))
+    return some_white(white_where(as_grey(mask, size) > 127))
+
+
+def white_where(condition: np.ndarray) -> np.ndarray:
+    """A mask uint8 that is 255 where `condition` holds and 0 elsewhere."""
+    return np.multiply(condition, 255, dtype=np.uint8)
 
 
 def some_white(mask: np.ndarray) -> np.ndarray:
@@ -250,7 +255,7 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if mask.shape == size:
         return mask
     shrunk = cv2.resize(mask.astype(np.float32), size[::-1], interpolation=cv2.INTER_AREA)
-    return np.where(shrunk > 0, 255, 0).astype(np.uint8)
+    return white_where(shrunk > 0)
 
 
 def pad_to_multiple(image: np.ndarray, multiple: int) -> np.ndarray:
@@ -309,6 +314,29 @@ def grid(rows: list[list[np.ndarray]], gap: int = 4) -> np.ndarray:
             top, left = gap + i * (height + gap), gap + j * (width + gap)
             canvas[top : top + height, left : left + width] = as_rgb(tile)
     return canvas
+
+
+def within(image: np.ndarray, side: int) -> np.ndarray:
+    """`image` (H, W, ...) shrunk until neither side is longer than `side`."""
+    scale = min(1.0, side / max(image.shape[:2]))
+    height, width = (max(1, round(length * scale)) for length in image.shape[:2])
+    return resize(image, (height, width))
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """All files below `folder` that are pictures by their suffix, in order."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+
+
+def find_masks(files: list[Path], folder: Path, mask_dir: Path) -> dict[Path, Path | None]:
+    """The mask of each of `files` below `folder`: the same relative name, any picture suffix.
+
+    Raises UserError when `mask_dir` is no folder.
+    """
+    if not mask_dir.is_dir():
+        raise UserError(f"--mask_dir {mask_dir} is no folder; it holds a mask per picture")
+    found = {p.relative_to(mask_dir).with_suffix(""): p for p in find_pictures(mask_dir)}
+    return {f: found.get(f.relative_to(folder).with_suffix("")) for f in files}
 
 
 def as_rgb(image: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ handed in, so a mask is a function of (seed, epoch, sample) whatever process dra
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from controlfill.errors import UserError
-from controlfill.options import MaskOptions
+from controlfill.images import white_where
+from controlfill.options import MaskOptions, read_size
 
 Size = tuple[int, int]
 # Where objects come from: called only when an object mask is wanted, since they cost time to draw.
@@ -101,7 +101,7 @@ def noise(size: Size, rng: np.random.Generator, share: float | None = None) -> n
     field = cv2.GaussianBlur(field, (35, 35), rng.uniform(0.1, 5), borderType=cv2.BORDER_REFLECT)
     level = 0.0 if share is None else float(np.quantile(field, 1 - share))
     smooth = cv2.resize(field, size[::-1], interpolation=cv2.INTER_CUBIC)
-    return np.multiply(smooth > level, 255, dtype=np.uint8)
+    return white_where(smooth > level)
 
 
 def border(size: Size, rng: np.random.Generator) -> np.ndarray:
@@ -206,7 +206,7 @@ def _fit_nearly(mask: np.ndarray, area: tuple[float, float], grows: bool) -> np.
     height, width = mask.shape
     quarter = (max(1, width // 4), max(1, height // 4))
     shrunk = cv2.resize(mask, quarter, interpolation=cv2.INTER_AREA)
-    part = np.multiply(shrunk > (0 if grows else 254), 255, dtype=np.uint8)
+    part = white_where(shrunk > (0 if grows else 254))
     if not part.any():
         return mask
     rings = outline_rings(part, grows)
@@ -216,8 +216,8 @@ def _fit_nearly(mask: np.ndarray, area: tuple[float, float], grows: bool) -> np.
     level = float(np.partition(rings, rank, axis=None)[rank])
     smooth = cv2.resize(rings.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
     if grows:
-        return np.multiply(smooth <= level, 255, dtype=np.uint8) | mask
-    return np.multiply(smooth > level, 255, dtype=np.uint8) & mask
+        return white_where(smooth <= level) | mask
+    return white_where(smooth > level) & mask
 
 
 def _fit_exactly(
@@ -234,7 +234,7 @@ def _fit_exactly(
     white = rings <= ring if grows else rings > ring
     found = cv2.countNonZero(white.view(np.uint8))
     _trim(white, rings == ring, found - wanted, rng)
-    return np.multiply(white, 255, dtype=np.uint8)
+    return white_where(white)
 
 
 def _trim(white: np.ndarray, ring: np.ndarray, surplus: int, rng: np.random.Generator) -> None:
@@ -344,12 +344,7 @@ def _weight(word: str, weight: str) -> float:
 
 def make_test_mask(options: MaskOptions) -> np.ndarray:
     """The mask that `controlfill mask` writes. Raises UserError for an unknown kind or size."""
-    found = re.fullmatch(r"(\d+)x(\d+)", options.size)
-    if not found or "0" in found.groups():
-        raise UserError(
-            f"--size {options.size!r} is no size; WIDTHxHEIGHT such as 512x384 would be"
-        )
-    width, height = (int(side) for side in found.groups())
+    height, width = read_size("size", options.size)
     if options.kind == "text":
         return text_mask(options.text, (height, width))
     check_kind(options.kind, ("text", *MASKS, *MIXTURES))
@@ -368,7 +363,7 @@ def text_mask(text: str, size: Size) -> np.ndarray:
     picture = Image.new("L", (size[1], size[0]), 0)
     place = (size[1] / 2, size[0] / 2)
     ImageDraw.Draw(picture).text(place, text, fill=255, font=font, anchor="mm")
-    return np.where(np.asarray(picture) > 127, 255, 0).astype(np.uint8)
+    return white_where(np.asarray(picture) > 127)
 
 
 MASKS: dict[str, Callable[[Size, np.random.Generator], np.ndarray]] = {

@@ -14,7 +14,7 @@ from controlfill.data.buckets import Buckets
 from controlfill.data.hints import Spec
 from controlfill.data.masks import MaskRecipe, Objects, no_objects
 from controlfill.errors import UserError
-from controlfill.images import from_bytes, resize, resize_mask
+from controlfill.images import from_bytes, resize, resize_mask, white_where
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,7 @@ class Preparation:
             return [geometry.of_mask(mask) for mask in sample.objects()]
 
         if sample.mask is not None:
-            given = np.where(sample.mask > 0, 255, 0).astype(np.uint8)
+            given = white_where(sample.mask > 0)
             geometry = move_to_hole(geometry, given, cut_rng)
             mask = geometry.of_mask(given)
         elif sample.hint is not None:

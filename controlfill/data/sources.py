@@ -14,7 +14,7 @@ from controlfill.data.shards import ShardStream, is_shard_folder, names_shards
 from controlfill.data.tables import HUB_PREFIX, TABLES, Columns, HubSource, TableSource, read_sizes
 from controlfill.data.worlds import HELD_OUT, Picture, World, open_world
 from controlfill.errors import UserError
-from controlfill.images import SUFFIXES, as_mask, open_image
+from controlfill.images import SUFFIXES, as_mask, find_masks, find_pictures, open_image
 from controlfill.options import DataOptions
 
 WORLD_PREFIX = "world:"
@@ -57,7 +57,7 @@ class FolderSource:
 
     def __init__(self, image_dir: Path, mask_dir: Path | None, at_least: int) -> None:
         self.image_dir, self.mask_dir, self.at_least = image_dir, mask_dir, at_least
-        self.files = sorted(p for p in image_dir.rglob("*") if p.suffix.lower() in SUFFIXES)
+        self.files = find_pictures(image_dir)
         if not self.files:
             kinds = ", ".join(sorted(SUFFIXES))
             raise UserError(f"{image_dir} holds no pictures ({kinds})")
@@ -65,14 +65,7 @@ class FolderSource:
 
     def _find_masks(self, mask_dir: Path) -> dict[Path, Path]:
         """The mask of each picture: the same relative name, any picture suffix."""
-        if not mask_dir.is_dir():
-            raise UserError(f"--mask_dir {mask_dir} is no folder; it holds a mask per picture")
-        found = {
-            p.relative_to(mask_dir).with_suffix(""): p
-            for p in sorted(mask_dir.rglob("*"))
-            if p.suffix.lower() in SUFFIXES
-        }
-        masks = {f: found.get(f.relative_to(self.image_dir).with_suffix("")) for f in self.files}
+        masks = find_masks(self.files, self.image_dir, mask_dir)
         bare = [f.name for f, mask in masks.items() if mask is None]
         if bare:
             raise UserError(

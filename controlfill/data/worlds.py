@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 from controlfill.errors import UserError
+from controlfill.images import white_where
 
 HELD_OUT = 2**31
 
@@ -150,7 +151,7 @@ def paint(
     image = ground + (np.array(palette[truth.colour], np.float32) - ground) * inside[..., None]
     return Picture(
         image=np.rint(image).clip(0, 255).astype(np.uint8),
-        object_mask=np.where(inside > 0, 255, 0).astype(np.uint8),
+        object_mask=white_where(inside > 0),
         truth=truth,
     )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from controlfill.errors import UserError
-from controlfill.images import SUFFIXES, as_photo, save_image
+from controlfill.images import as_photo, find_masks, find_pictures, save_image
 from controlfill.inference.complete import Result, inpaint
 from controlfill.inference.outpaint import outpaint, wants_more
 from controlfill.inference.pipeline import Pipeline
@@ -52,7 +52,7 @@ def run_batch(
     written, skipped = [], []
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for number, job in enumerate(jobs, 1):
-        if done.get(job.key()) is None or not (options.output_dir / job.name).is_file():
+        if job.key() not in done or not (options.output_dir / job.name).is_file():
             line = _do(pipeline, job, options)
             append(options.output_dir / MANIFEST, {**line, "job": job.key(), "common": common})
             (skipped if line["error"] else written).append(line["error"] or line["output"])
@@ -95,16 +95,16 @@ def append(file: Path, line: dict[str, Any]) -> None:
         manifest.write(json.dumps(line).encode() + b"\n")
 
 
-def read_manifest(file: Path, common: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The lines of an earlier run with the same options, by job; only those that went well."""
-    found = {}
+def read_manifest(file: Path, common: dict[str, Any]) -> set[str]:
+    """The keys of the jobs that went well in an earlier run with the same options."""
+    found = set()
     for line in file.read_text("utf-8").splitlines() if file.is_file() else []:
         try:
             row = json.loads(line)
         except ValueError:  # the last line of a run that was killed
             continue
         if row.get("common") == common and not row.get("error"):
-            found[row.get("job")] = row
+            found.add(row.get("job"))
     return found
 
 
@@ -114,8 +114,7 @@ def find_jobs(options: BatchOptions) -> list[Job]:
     if data.is_file() and data.suffix == ".jsonl":
         jobs = list(read_jobs(data))
     elif data.is_dir():
-        files = sorted(p for p in data.rglob("*") if p.suffix.lower() in SUFFIXES)
-        jobs = [_of_file(file, options) for file in files]
+        jobs = read_folder(data, options.mask_dir)
     else:
         raise UserError(f"{data} is neither a folder of pictures nor a .jsonl file")
     if not jobs:
@@ -123,13 +122,22 @@ def find_jobs(options: BatchOptions) -> list[Job]:
     return _named_apart(jobs)
 
 
-def _of_file(file: Path, options: BatchOptions) -> Job:
-    bare = file.relative_to(options.data).with_suffix("")
-    if options.mask_dir is None:
-        return Job(name=f"{bare}.png", image=file)
-    masks = [m for s in sorted(SUFFIXES) if (m := options.mask_dir / f"{bare}{s}").is_file()]
-    trouble = None if masks else f"{file}: {options.mask_dir} has no mask of the same name"
-    return Job(name=f"{bare}.png", image=file, mask=(masks or [None])[0], trouble=trouble)
+def read_folder(folder: Path, mask_dir: Path | None) -> list[Job]:
+    """A job for each picture below `folder`, with its mask if there is a folder of them."""
+    files = find_pictures(folder)
+    names = [f"{file.relative_to(folder).with_suffix('')}.png" for file in files]
+    if mask_dir is None:
+        return [Job(name=name, image=file) for name, file in zip(names, files, strict=True)]
+    masks = find_masks(files, folder, mask_dir)
+    return [
+        Job(
+            name=name,
+            image=file,
+            mask=masks[file],
+            trouble=None if masks[file] else f"{file}: {mask_dir} has no mask of the same name",
+        )
+        for name, file in zip(names, files, strict=True)
+    ]
 
 
 def read_jobs(file: Path) -> Iterator[Job]:

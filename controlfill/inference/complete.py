@@ -19,9 +19,10 @@ from controlfill.images import (
     grid,
     pad_to_multiple,
     paste,
-    resize,
     save_image,
     to_uint8,
+    white_where,
+    within,
 )
 from controlfill.inference.fill import fill_with
 from controlfill.inference.generate import Canvas, generate_batch, guidance_scale
@@ -57,9 +58,7 @@ class Result:
         larger = PANEL // 2 // max(self.mask.shape)
         if larger > 1:
             return grid([[panel.repeat(larger, 0).repeat(larger, 1) for panel in panels]])
-        scale = min(1.0, PANEL / max(self.mask.shape))
-        height, width = (max(1, round(side * scale)) for side in self.mask.shape)
-        return grid([[resize(panel, (height, width)) for panel in panels]])
+        return grid([[within(panel, PANEL) for panel in panels]])
 
 
 def inpaint(
@@ -139,7 +138,7 @@ def _generate_around(
         cv2.copyMakeBorder(plane, above, 0, before, 0, cv2.BORDER_REPLICATE)
         for plane in (start, hole)
     )
-    whole = np.where(greys > 0, 255, 0).astype(np.uint8)
+    whole = white_where(greys > 0)
     soft = greys if (greys != whole).any() else None
     sample_ = Sample(image=image, mask=whole, prompt=options.prompt)
     origin = (-(old[0] + above) // factor, -(old[1] + before) // factor)
@@ -209,8 +208,6 @@ def make_result(
 
 def save_sheet(results: Sequence[Result], file: Path) -> Path:
     """Write the pictures of several results as one, in rows as long as they are many."""
-    scale = min(1.0, PANEL / max(results[0].mask.shape))
-    size = tuple(max(1, round(side * scale)) for side in results[0].mask.shape)
-    small = [resize(result.image, (size[0], size[1])) for result in results]
+    small = [within(result.image, PANEL) for result in results]
     across = int(np.ceil(np.sqrt(len(small))))
     return save_image(file, grid([small[i : i + across] for i in range(0, len(small), across)]))

@@ -10,7 +10,7 @@ import numpy as np
 
 from controlfill.data.masks import dilate
 from controlfill.errors import UserError
-from controlfill.images import Photo, as_grey, as_photo, some_white
+from controlfill.images import Photo, as_grey, as_photo, some_white, white_where
 from controlfill.options import HoleOptions
 
 # The least that is looked at around a hole, in pixels, whatever --context says.
@@ -27,7 +27,7 @@ def open_hole(mask: Any, photo: Photo, options: HoleOptions) -> np.ndarray:
     if options.invert_mask:
         hole = 255 - hole
     if not options.soft_mask:
-        hole = np.where(hole > 127, 255, 0).astype(np.uint8)
+        hole = white_where(hole > 127)
     if options.grow_mask > 0:
         hole = dilate(hole, options.grow_mask)
     elif options.grow_mask < 0:

@@ -12,7 +12,7 @@ from controlfill.errors import UserError
 from controlfill.images import Photo, as_photo
 from controlfill.inference.complete import Result, check_fills, complete, make_result
 from controlfill.inference.pipeline import Pipeline, Progress
-from controlfill.options import GrowOptions
+from controlfill.options import GrowOptions, read_size
 
 # Where the old picture lies in the new one: shares of what is added that go above and to the left.
 ANCHORS = {
@@ -87,11 +87,8 @@ def read_share(text: str) -> float:
 
 def reach(size: tuple[int, int], to: str, anchor: str) -> Sides:
     """What must be added to `size` to reach "WIDTHxHEIGHT" `to`. Raises UserError."""
-    found = re.fullmatch(r"(\d+)x(\d+)", to.strip().lower())
-    if not found:
-        raise UserError(f"--to {to!r} is no size; WIDTHxHEIGHT such as 1920x1080 would be")
     height, width = size
-    right, down = int(found[1]) - width, int(found[2]) - height
+    down, right = (wanted - side for wanted, side in zip(read_size("to", to), size, strict=True))
     if right < 0 or down < 0 or not right + down:
         raise UserError(
             f"--to {to} is not larger than the picture, which is {width}x{height}; outpainting "

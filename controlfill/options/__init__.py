@@ -15,6 +15,7 @@ from controlfill.options.base import (
     check_numbers,
     check_values,
     field_types,
+    read_size,
 )
 from controlfill.options.data import DataOptions, MaskOptions, PreviewOptions
 from controlfill.options.filling import (
@@ -47,5 +48,5 @@ __all__ = [
     "InferOptions", "InpaintOptions", "LightningOptions", "MaskOptions", "Options",
     "OutpaintOptions", "Precision", "PrepareShardsOptions", "PrepareTableOptions",
     "PreviewOptions", "SampleOptions", "TrainOptions", "check_numbers", "check_values",
-    "field_types",
+    "field_types", "read_size",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -80,6 +81,14 @@ def check_numbers(options: Options) -> None:
         value = getattr(options, name, low)
         if not low <= value <= high:
             raise UserError(f"--{name} is {value}; it lies between {low} and {high}")
+
+
+def read_size(option: str, text: str) -> tuple[int, int]:
+    """(height, width) of WIDTHxHEIGHT, as --`option` has it. Raises UserError."""
+    found = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
+    if not found or not all(int(side) for side in found.groups()):
+        raise UserError(f"--{option} {text!r} is no size; WIDTHxHEIGHT such as 1920x1080 would be")
+    return int(found[2]), int(found[1])
 
 
 def check_values(cls: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]:

@@ -138,13 +138,9 @@ class FillOptions(SeedsOptions, HoleOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InpaintOptions(FillOptions):
-    """Fill the white part of MASK in IMAGE; writes inpainted.png and comparison.png."""
+class PairOptions(Options):
+    """Which networks fill."""
 
-    image: Positional[Path]
-    """The picture."""
-    mask: Positional[Path]
-    """The mask, as large as the picture: white = fill, black = keep."""
     control: str | None = None
     """ControlNet: checkpoint folder, final_model, diffusers folder, .safetensors, or `embedded`."""
     base: str | None = None
@@ -152,15 +148,21 @@ class InpaintOptions(FillOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutpaintOptions(SeedsOptions, GrowOptions):
+class InpaintOptions(PairOptions, FillOptions):
+    """Fill the white part of MASK in IMAGE; writes inpainted.png and comparison.png."""
+
+    image: Positional[Path]
+    """The picture."""
+    mask: Positional[Path]
+    """The mask, as large as the picture: white = fill, black = keep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutpaintOptions(PairOptions, SeedsOptions, GrowOptions):
     """Continue IMAGE beyond its borders by any number of pixels; writes outpainted.png."""
 
     image: Positional[Path]
     """The picture."""
-    control: str | None = None
-    """ControlNet: checkpoint folder, final_model, diffusers folder, .safetensors, or `embedded`."""
-    base: str | None = None
-    """The base; otherwise the one the ControlNet was trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,17 +171,13 @@ class ChangeOptions(HoleOptions, GrowOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchOptions(PlaceOptions, ChangeOptions):
+class BatchOptions(PairOptions, PlaceOptions, ChangeOptions):
     """Fill or grow many pictures; writes them and manifest.jsonl, and goes on where it stopped."""
 
     data: Positional[Path]
     """Folder of pictures, or a .jsonl file: a line per picture with image, mask and options."""
     mask_dir: Path | None = None
     """Folder of masks, named as their pictures; without masks pictures are grown."""
-    control: str | None = None
-    """ControlNet: checkpoint folder, final_model, diffusers folder, .safetensors, or `embedded`."""
-    base: str | None = None
-    """The base; otherwise the one the ControlNet was trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)

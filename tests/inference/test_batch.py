@@ -113,6 +113,8 @@ def test_pictures_without_their_mask_are_named(folder):
     (folder / "masks" / "a.png").unlink()
     jobs = find_jobs(options_of(folder, mask_dir=folder / "masks"))
     assert [bool(job.trouble) for job in jobs] == [True, False, False]
+    with pytest.raises(UserError, match="nowhere is no folder; it holds a mask per picture"):
+        find_jobs(options_of(folder, mask_dir=folder / "nowhere"))
 
 
 @pytest.mark.parametrize(
