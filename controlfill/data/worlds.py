@@ -45,18 +45,24 @@ SUPERSAMPLE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Truth:
-    """What is in one picture: the words of its caption, and where the object lies."""
+    """What is in one picture, in the words of its caption; a `bare` one shows no object."""
 
     colour: str
     shape: str
     ground: str
     ground_colours: tuple[str, ...]
 
+    bare: bool = False
+
     @property
     def caption(self) -> str:
         """The caption, such as "orange star on striped navy and white background"."""
-        grounds = " and ".join(self.ground_colours)
-        return f"{self.colour} {self.shape} on {self.ground} {grounds} background"
+        return self.scenery if self.bare else f"{self.colour} {self.shape} on {self.scenery}"
+
+    @property
+    def scenery(self) -> str:
+        """The words of the ground alone, such as "striped navy and white background"."""
+        return f"{self.ground} {' and '.join(self.ground_colours)} background"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +80,14 @@ class World:
 
     With `grid`, places, sizes and periods are multiples of that many 64ths of the picture and
     nothing is turned: a world that a small network can learn in an hour. 0 leaves them free.
+    A share of the pictures is `bare`: ground without an object.
     """
 
     colours: tuple[str, ...]
     shapes: tuple[str, ...]
     grounds: tuple[str, ...] = GROUNDS
     grid: int = 0
+    bare: float = 0.0
 
     def words(self) -> list[str]:
         """Every word a caption of this world can hold."""
@@ -94,8 +102,12 @@ class World:
                 colour=colour, shape=shape, ground=ground, ground_colours=tuple(rest[:count])
             )
 
-    def draw(self, seed: int, size: tuple[int, int] = (64, 64)) -> Picture:
-        """The picture of `seed` at `size` (height, width); the same seed draws the same picture."""
+    def draw(self, seed: int, size: tuple[int, int] = (64, 64), margin: int = 0) -> Picture:
+        """The picture of `seed` at `size` (height, width); the same seed draws the same picture.
+
+        With a `margin` the same picture in the middle of so many more pixels on each side, on
+        which its ground goes on: the truth of outpainting.
+        """
         rng = np.random.default_rng(seed)
         colour, *ground = (str(c) for c in rng.choice(self.colours, 3, replace=False))
         kind = str(rng.choice(self.grounds))
@@ -104,8 +116,10 @@ class World:
             shape=str(rng.choice(self.shapes)),
             ground=kind,
             ground_colours=tuple(ground[: 1 if kind == "plain" else 2]),
+            # A seed of its own, so that worlds with and without bare pictures agree in the rest.
+            bare=bool(self.bare) and np.random.default_rng((seed, 2)).uniform() < self.bare,
         )
-        return paint(truth, Chance(rng, self.grid), size)
+        return paint(truth, Chance(rng, self.grid), size, margin=margin)
 
 
 class Chance:
@@ -134,20 +148,50 @@ class Chance:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plane:
+    """The fine cells a picture is painted on: `size` (H, W) of them, `unit` to a 64th of it.
+
+    `margin` cells more on each side belong to what lies beyond the picture.
+    """
+
+    size: tuple[int, int]
+    unit: float
+    margin: int = 0
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        """The size with its margins."""
+        height, width = (side + 2 * self.margin for side in self.size)
+        return height, width
+
+    def grid(self) -> tuple[np.ndarray, np.ndarray]:
+        """Row (H, 1) and column (1, W) of each cell's middle, from the picture's own corner."""
+        rows, columns = (
+            np.arange(-self.margin, side + self.margin, dtype=np.float32) + 0.5
+            for side in self.size
+        )
+        return rows[:, None], columns[None, :]
+
+
 def paint(
     truth: Truth,
     chance: Chance,
     size: tuple[int, int],
     palette: dict[str, tuple[int, int, int]] = COLOURS,
+    margin: int = 0,
 ) -> Picture:
-    """Paint `truth` with a pose and a pattern drawn by `chance`, anti-aliased, at (H, W)."""
-    height, width = size
+    """Paint `truth` with a pose and a pattern drawn by `chance`, anti-aliased, at (H, W).
+
+    `margin` pixels of ground are added on each side.
+    """
+    height, width = (side * SUPERSAMPLE for side in size)
     unit = min(size) / 64 * SUPERSAMPLE
-    canvas = (height * SUPERSAMPLE, width * SUPERSAMPLE)
-    share = _blend(GROUND_PAINTERS[truth.ground](chance, canvas, unit), size)
+    plane = Plane(size=(height, width), unit=unit, margin=margin * SUPERSAMPLE)
+    share = _blend(GROUND_PAINTERS[truth.ground](chance, plane))
     first, second = (np.array(palette[c], np.float32) for c in _pair(truth.ground_colours))
     ground = first + (second - first) * share[..., None]
-    inside = _blend(_object(truth.shape, chance, canvas, unit), size)
+    inside = np.zeros_like(share) if truth.bare else _blend(_object(truth.shape, chance, plane))
     image = ground + (np.array(palette[truth.colour], np.float32) - ground) * inside[..., None]
     return Picture(
         image=np.rint(image).clip(0, 255).astype(np.uint8),
@@ -160,65 +204,63 @@ def _pair(colours: tuple[str, ...]) -> tuple[str, str]:
     return colours[0], colours[-1]
 
 
-def _blend(fine: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Average a supersampled plane down to (H, W)."""
-    return cv2.resize(fine.astype(np.float32), size[::-1], interpolation=cv2.INTER_AREA)
+def _blend(fine: np.ndarray) -> np.ndarray:
+    """Average a supersampled plane down to pixels."""
+    size = (fine.shape[1] // SUPERSAMPLE, fine.shape[0] // SUPERSAMPLE)
+    return cv2.resize(fine.astype(np.float32), size, interpolation=cv2.INTER_AREA)
 
 
-def _grid(canvas: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    rows = np.arange(canvas[0], dtype=np.float32)[:, None] + 0.5
-    columns = np.arange(canvas[1], dtype=np.float32)[None, :] + 0.5
-    return rows, columns
+def _plain(chance: Chance, plane: Plane) -> np.ndarray:
+    return np.zeros(plane.whole, np.float32)
 
 
-def _plain(chance: Chance, canvas: tuple[int, int], unit: float) -> np.ndarray:
-    return np.zeros(canvas, np.float32)
-
-
-def _striped(chance: Chance, canvas: tuple[int, int], unit: float) -> np.ndarray:
-    rows, columns = _grid(canvas)
+def _striped(chance: Chance, plane: Plane) -> np.ndarray:
+    rows, columns = plane.grid()
     angle = chance.angle(4)
-    period = chance.length(11, 18) * unit
+    period = chance.length(11, 18) * plane.unit
     along = rows * np.float32(np.sin(angle)) + columns * np.float32(np.cos(angle))
-    return ((along + chance.length(0, 18) * unit) / period) % 1 < 0.5
+    return ((along + chance.length(0, 18) * plane.unit) / period) % 1 < 0.5
 
 
-def _checkered(chance: Chance, canvas: tuple[int, int], unit: float) -> np.ndarray:
-    rows, columns = _grid(canvas)
-    cell = chance.length(7, 12) * unit
-    down, right = (chance.length(0, 24) * unit for _ in range(2))
+def _checkered(chance: Chance, plane: Plane) -> np.ndarray:
+    rows, columns = plane.grid()
+    cell = chance.length(7, 12) * plane.unit
+    down, right = (chance.length(0, 24) * plane.unit for _ in range(2))
     return (np.floor((rows + down) / cell) + np.floor((columns + right) / cell)) % 2 == 0
 
 
-def _dotted(chance: Chance, canvas: tuple[int, int], unit: float) -> np.ndarray:
-    rows, columns = _grid(canvas)
-    spacing = chance.length(12, 18) * unit
-    down, right = (chance.length(0, 18) * unit for _ in range(2))
+def _dotted(chance: Chance, plane: Plane) -> np.ndarray:
+    rows, columns = plane.grid()
+    spacing = chance.length(12, 18) * plane.unit
+    down, right = (chance.length(0, 18) * plane.unit for _ in range(2))
     y = ((rows + down) / spacing) % 1 - 0.5
     x = ((columns + right) / spacing) % 1 - 0.5
     return y**2 + x**2 < 0.3**2
 
 
-def _graded(chance: Chance, canvas: tuple[int, int], unit: float) -> np.ndarray:
-    rows, columns = _grid(canvas)
+def _graded(chance: Chance, plane: Plane) -> np.ndarray:
+    rows, columns = plane.grid()
+    (height, width), margin = plane.size, plane.margin
     angle = chance.rng.integers(8) * np.pi / 4
-    along = rows / canvas[0] * np.float32(np.sin(angle)) + columns / canvas[1] * np.float32(
-        np.cos(angle)
-    )
-    return (along - along.min()) / (along.max() - along.min())
+    along = rows / height * np.float32(np.sin(angle)) + columns / width * np.float32(np.cos(angle))
+    own = along[margin : margin + height, margin : margin + width]
+    return ((along - own.min()) / (own.max() - own.min())).clip(0, 1)
 
 
-def _object(shape: str, chance: Chance, canvas: tuple[int, int], unit: float) -> np.ndarray:
-    """A filled shape (0 or 1) of random place, size and turn, wholly inside the canvas."""
+def _object(shape: str, chance: Chance, plane: Plane) -> np.ndarray:
+    """A filled shape (0 or 1) of random place, size and turn, wholly inside the picture."""
     size = chance.length(14, 20)
     reach = size * 1.1 + 1
-    centre = [chance.length(reach, side / unit - reach) * unit for side in canvas]
+    centre = [
+        chance.length(reach, side / plane.unit - reach) * plane.unit + plane.margin
+        for side in plane.size
+    ]
     turn = chance.turn(np.pi / 9)
-    plane = np.zeros(canvas, np.uint8)
-    for ring, value in outlines(shape, size * unit, turn):
+    inside = np.zeros(plane.whole, np.uint8)
+    for ring, value in outlines(shape, size * plane.unit, turn):
         points = np.rint(ring[:, ::-1] + centre[::-1]).astype(np.int32)
-        cv2.fillPoly(plane, [points], value)
-    return plane
+        cv2.fillPoly(inside, [points], value)
+    return inside
 
 
 def outlines(shape: str, radius: float, turn: float) -> list[tuple[np.ndarray, int]]:
@@ -263,6 +305,7 @@ GROUND_PAINTERS = {
 }
 WORLDS = {
     "shapes": World(colours=tuple(COLOURS)[:8], shapes=SHAPES[:4], grid=4),
+    "shapes-bare": World(colours=tuple(COLOURS)[:8], shapes=SHAPES[:4], grid=4, bare=0.3),
     "shapes-full": World(colours=tuple(COLOURS), shapes=SHAPES),
 }
 
