@@ -217,6 +217,8 @@ def captions_and_emphasis(world: World, count: int, size: int) -> tuple[list[str
     drawn = [world.draw(seed, (size, size)) for seed in range(count)]
     weights = torch.ones(count, size, size)
     for number, picture in enumerate(drawn):
+        if picture.truth.bare:
+            continue
         left, top, width, height = cv2.boundingRect(picture.object_mask)
         weights[number, max(0, top - 1) : top + height + 1, max(0, left - 1) : left + width + 1] = 3
     weights /= weights.mean(dim=(1, 2), keepdim=True)
