@@ -16,13 +16,17 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import common, tiny
 from benchmarks.common import Result, peak_bytes, ratio, run_child, spread, times
 
+LARGE = "outpainting by 64 pixels on every side, embedded pair, 1 step:"
+WAYS = ("large", "exact", "default", "crop", "windows")
 STEPS = 10
+SEED = 42
 TOLERANCE = 1e-3
 
 
@@ -37,33 +41,55 @@ def alternate(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, lis
     return {name: values[1:] for name, values in took.items()}
 
 
-def load_pair(folder: Path) -> Any:
-    """The narrow base with its ControlNet, as a pipeline of ours."""
+def load_pair(folder: Path, hint: str = "proportions") -> Any:
+    """The narrow base with a ControlNet that says something, as a pipeline of ours.
+
+    `hint` "proportions" gives its hint embedding the share of a step that it has in SD 1.5,
+    "diffusers" the widths that `ControlNetModel.from_unet` gives it.
+    """
+    import torch
+    from diffusers import ControlNetModel
+
     from controlfill.inference.pipeline import load
 
     base = tiny.make_base(folder / "base")
-    control = str(base / "controlnet")
-    return load(str(base), control, conditioning="masked-image", device="cpu")
+    pipeline = load(str(base), str(base / "controlnet"), conditioning="masked-image", device="cpu")
+    network = pipeline.network
+    if hint == "diffusers":
+        network = ControlNetModel.from_unet(pipeline.bundle.unet).eval().requires_grad_(False)
+    torch.manual_seed(1)
+    for layer in [*network.controlnet_down_blocks, network.controlnet_mid_block]:
+        torch.nn.init.normal_(layer.weight, std=0.02)
+    return replace(pipeline, network=network)
 
 
-def make_batch(pipeline: Any, size: int) -> Any:
-    """One picture that is wholly hole: there both sides compute the very same."""
+def load_embedded() -> Any:
+    """The pair that ships."""
+    from controlfill.inference.pipeline import load
+
+    return load(device="cpu")
+
+
+def make_batch(pipeline: Any, size: int, count: int = 1) -> Any:
+    """Pictures that are wholly hole: there both sides compute the very same."""
     import numpy as np
 
     from controlfill.data.sample import Sample, collate
+    from controlfill.data.worlds import HELD_OUT, open_world
 
-    image = tiny.draw_picture(np.random.default_rng(0), (size, size))
-    mask = np.full((size, size), 255, np.uint8)
-    return collate([Sample(image=image, mask=mask, prompt="a red house")], pipeline.spec)
+    mask, world = np.full((size, size), 255, np.uint8), open_world("shapes")
+    drawn = [world.draw(HELD_OUT + seed, (size, size)) for seed in range(count)]
+    samples = [Sample(image=p.image, mask=mask, prompt=p.truth.caption) for p in drawn]
+    return collate(samples, pipeline.spec)
 
 
-def their_picture(pipeline: Any, batch: Any, options: Any) -> Callable[[], Any]:
-    """diffusers' pipeline on the same networks, hint and noise."""
+def their_picture(pipeline: Any, batch: Any, steps: int) -> Callable[[], Any]:
+    """diffusers' pipeline with DDIM on the same networks, hint and noise, as we would guide it."""
     from diffusers import DDIMScheduler, StableDiffusionControlNetInpaintPipeline
 
     from controlfill.diffusion.tiles import draw_noise
 
-    bundle = pipeline.bundle
+    bundle, count = pipeline.bundle, len(batch.prompts)
     theirs: Any = StableDiffusionControlNetInpaintPipeline(
         vae=bundle.vae, text_encoder=bundle.text.encoder, tokenizer=bundle.text.tokenizer,
         unet=bundle.unet, controlnet=pipeline.network, safety_checker=None, feature_extractor=None,
@@ -71,40 +97,58 @@ def their_picture(pipeline: Any, batch: Any, options: Any) -> Callable[[], Any]:
     )  # fmt: skip
     theirs.set_progress_bar_config(disable=True)
     side = batch.image.shape[-1] // bundle.factor
-    noise = draw_noise([options.seed], (4, side, side))
+    noise = draw_noise(range(SEED, SEED + count), (4, side, side))
 
     def paint() -> Any:
         return theirs(
             batch.prompts, image=batch.image * 2 - 1, mask_image=batch.mask, strength=1.0,
-            control_image=batch.hint, latents=noise.clone(), num_inference_steps=STEPS,
-            guidance_scale=options.guidance_scale, negative_prompt=[""], output_type="pt",
+            control_image=batch.hint, latents=noise.clone(), num_inference_steps=steps,
+            guidance_scale=bundle.guidance_scale, negative_prompt=[""] * count, output_type="pt",
+            controlnet_conditioning_scale=1.0,
         ).images  # fmt: skip
 
     return paint
 
 
-def compare_exact(pipeline: Any, options: argparse.Namespace) -> tuple[Result, list[str]]:
-    """The same steps of the same scheduler on the same picture."""
+def our_picture(pipeline: Any, batch: Any, **options: Any) -> Callable[[], Any]:
+    """Ours on the same batch."""
     from controlfill.inference.generate import generate_batch
     from controlfill.options import SampleOptions
 
-    batch = make_batch(pipeline, options.size)
-    asked = SampleOptions(prompt="a red house", guidance_scale=7.5, num_inference_steps=STEPS)
-    theirs = their_picture(pipeline, batch, asked)
-    faster = SampleOptions(**{**asked.as_dict(), "guidance_end": 0.6})
+    asked = SampleOptions(seed=SEED, **options)
+    return lambda: generate_batch(pipeline, batch, asked)
 
-    def ours(how: Any) -> Callable[[], Any]:
-        return lambda: generate_batch(pipeline, batch, how)
 
-    apart = float((theirs() - ours(asked)()).abs().max())
-    took = alternate(
-        {"diffusers": theirs, "exact": ours(asked), "guidance to 60 %": ours(faster)},
-        options.rounds,
-    )
-    found, lines = told("picture", took, "diffusers")
+def compare_exact(
+    pipeline: Any, size: int, options: argparse.Namespace
+) -> tuple[Result, list[str]]:
+    """The same steps of the same scheduler on the same picture."""
+    batch, same = make_batch(pipeline, size), {"scheduler": "ddim", "num_inference_steps": STEPS}
+    theirs, ours = their_picture(pipeline, batch, STEPS), our_picture(pipeline, batch, **same)
+    fewer = our_picture(pipeline, batch, **same, guidance_end=0.6)
+    apart = float((theirs() - ours()).abs().max())
+    sides = {"diffusers": theirs, "exact": ours, "guidance to 60 %": fewer}
+    found, lines = told("picture", alternate(sides, options.rounds), "diffusers")
     agree = "equal" if apart <= TOLERANCE else "DIFFERENT: the exact ratio is void"
     lines.append(f"  pictures differ by {apart:.1e} at most (tolerance {TOLERANCE:.0e}): {agree}")
     return {**found, "difference": apart}, lines
+
+
+def compare_default(pipeline: Any, options: argparse.Namespace) -> tuple[Result, list[str]]:
+    """Our defaults beside diffusers' 20 DDIM steps: time, and how far from the solution."""
+    batch = make_batch(pipeline, 64, 16)
+    solution = their_picture(pipeline, batch, 200)()
+    theirs, ours = their_picture(pipeline, batch, 20), our_picture(pipeline, batch)
+    errors = {
+        name: float((paint() - solution).square().mean().sqrt())
+        for name, paint in (("diffusers", theirs), ("default", ours))
+    }
+    sides = {"diffusers": theirs, "default": ours}
+    found, lines = told("batch", alternate(sides, options.rounds), "diffusers")
+    for name, error in errors.items():
+        found[name]["error"] = error
+        lines.append(f"  {name:24}RMS distance to 200 DDIM steps {error:.4f}")
+    return found, lines
 
 
 def told(what: str, took: dict[str, list[float]], first: str) -> tuple[Result, list[str]]:
@@ -139,31 +183,24 @@ def compare_crop(pipeline: Any, options: argparse.Namespace) -> tuple[Result, li
 
     took = alternate({name: ours(way) for name, way in ways.items()}, min(3, options.rounds))
     found, lines = told("picture", took, "whole")
-    return found, [f"a hole of 1/200 in {side}x{side}, 2 steps:", *lines]
+    return found, lines
 
 
 def compare_windows(pipeline: Any, options: argparse.Namespace) -> tuple[Result, list[str]]:
     """A canvas of several windows, in batches of them."""
-    from controlfill.inference.generate import generate_batch
-    from controlfill.options import SampleOptions
-
     batch = make_batch(pipeline, 2 * options.window)
-
-    def ours(count: int) -> Callable[[], Any]:
-        asked = SampleOptions(
-            num_inference_steps=3, guidance_scale=7.5, window_size=options.window,
-            window_batch=count,
-        )  # fmt: skip
-        return lambda: generate_batch(pipeline, batch, asked)
-
-    took = alternate({f"{n} together": ours(n) for n in (1, 4, 9)}, options.rounds)
+    few = {"num_inference_steps": 3, "window_size": options.window}
+    sides = {
+        f"{n} together": our_picture(pipeline, batch, **few, window_batch=n) for n in (1, 4, 9)
+    }
+    took = alternate(sides, options.rounds)
     found, lines = told("canvas", took, "1 together")
-    return found, [f"9 windows of {options.window}, 3 steps:", *lines]
+    return found, lines
 
 
 def measure_large(options: argparse.Namespace) -> tuple[Result, list[str]]:
     """Peak memory and time of pictures of the embedded pair that grow on all sides, 1 step."""
-    found, lines = {}, ["outpainting by 64 pixels on every side, embedded pair, 1 step:"]
+    found, lines = {}, []
     for width, height in ((512, 384), (1024, 768), (2048, 1536), (4096, 3072)):
         figures = run_child(["benchmarks.infer", "--child", f"{width}x{height}"], options.threads)
         found[f"{width}x{height}"] = figures
@@ -195,7 +232,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256, help="side of the exact comparison")
     parser.add_argument("--window", type=int, default=128, help="side of the windows")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=["exact", "crop", "windows", "large"])
+    parser.add_argument("--only", nargs="+", choices=WAYS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     common.add_output(parser)
     options = parser.parse_args()
@@ -211,19 +248,46 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
     """All comparisons that were asked for."""
     import torch
 
-    wanted = options.only or ["large", "exact", "crop", "windows"]
+    wanted = options.only or WAYS
     figures: Result = {}
     lines: list[str] = []
+
+    def tell(name: str, title: str, found: tuple[Result, list[str]]) -> None:
+        figures[name] = found[0]
+        lines.extend([title, *found[1]])
+
     # First the large ones: their children are measured while this process is still small.
     if "large" in wanted:
-        figures["large"], lines = measure_large(options)
+        tell("large", LARGE, measure_large(options))
     torch.set_num_threads(options.threads)
-    pipeline = load_pair(folder) if set(wanted) - {"large"} else None
-    ways = {"exact": compare_exact, "crop": compare_crop, "windows": compare_windows}
-    for name in wanted:
-        if name in ways:
-            figures[name], more = ways[name](pipeline, options)
-            lines += [f"{name}:", *more] if name == "exact" else more
+    if "exact" in wanted:
+        for hint in ("proportions", "diffusers"):
+            pair = load_pair(folder, hint)
+            title = f"exact, {options.size} px, narrow SD 1.5, hint embedding: {hint}:"
+            tell(f"exact, {hint}", title, compare_exact(pair, options.size, options))
+        tell(
+            "exact, embedded",
+            "exact, embedded pair, 64 px:",
+            compare_exact(load_embedded(), 64, options),
+        )
+    if "default" in wanted:
+        tell(
+            "default",
+            "defaults, embedded pair, 16 pictures of 64 px:",
+            compare_default(load_embedded(), options),
+        )
+    if "crop" in wanted:
+        tell(
+            "crop",
+            f"a hole of 1/200 in {4 * options.size} px, 2 steps:",
+            compare_crop(load_pair(folder), options),
+        )
+    if "windows" in wanted:
+        tell(
+            "windows",
+            f"9 windows of {options.window}, 3 steps:",
+            compare_windows(load_pair(folder), options),
+        )
     common.report("infer", figures, lines, options.output)
 
 

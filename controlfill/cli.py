@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from typing import TYPE_CHECKING, Any
 
 from controlfill import options as opts
+from controlfill.console import (
+    ERR,
+    fail,
+    is_first_process,
+    progress_bar,
+    quiet_libraries,
+    reporting,
+    say,
+)
 from controlfill.errors import UserError
 from controlfill.reading import read_options, take_engine
 
-OUT = Console(highlight=False, soft_wrap=True)
-ERR = Console(stderr=True, highlight=False, soft_wrap=True)
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 def run(argv: Sequence[str]) -> int:
@@ -64,17 +61,6 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def fail(message: str, code: int = 2) -> int:
-    """Say one line on stderr; returns the exit code."""
-    ERR.print(f"controlfill: error: {message}", markup=False)
-    return code
-
-
-def say(message: str) -> None:
-    """Say one line on stdout."""
-    OUT.print(message, markup=False)
-
-
 def overview() -> str:
     """What `controlfill --help` says."""
     lines = ["usage: controlfill COMMAND ... (COMMAND --help tells its options)", ""]
@@ -83,35 +69,6 @@ def overview() -> str:
     return "\n".join(
         [*lines, "", "Every command takes --config FILE.yaml with its options as keys."]
     )
-
-
-def quiet_libraries() -> None:
-    """Let our own log lines through and keep the libraries' chatter away."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    logging.basicConfig(format="%(message)s", level=logging.ERROR)
-    logging.getLogger("controlfill").setLevel(logging.INFO)
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-
-
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A bar with counts, time spent and time left, on stderr."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("ETA"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=ERR, disable=not is_first_process()) as bar:
-        yield bar
-
-
-def is_first_process() -> bool:
-    """Whether this is the process that speaks, of the several that a launcher may have started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def train(options: opts.TrainOptions) -> None:
@@ -214,6 +171,19 @@ def batch(options: opts.BatchOptions) -> None:
     for reason in skipped:
         say(f"skipped: {reason}")
     say(f"wrote {len(written)} pictures to {options.output_dir}, skipped {len(skipped)}")
+
+
+def zoom(options: opts.ZoomOptions) -> None:
+    """`controlfill zoom`."""
+    quiet_libraries()
+    from controlfill.images import as_photo
+    from controlfill.inference.zoom import zoom as grow
+
+    photo = as_photo(options.image)
+    pipeline = load_pipeline(options)
+    with reporting() as report:
+        grow(pipeline, photo, options, report)
+    say(f"wrote {options.out}")
 
 
 def load_pipeline(options: Any) -> Any:
@@ -332,20 +302,6 @@ def say_prepared(prepared: Any) -> None:
     say(f"wrote {prepared.samples} pictures to {prepared.folder}")
 
 
-@contextmanager
-def reporting() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar for work of several named parts."""
-    with progress_bar() as bar:
-        tasks: dict[str, Any] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
-
-        yield report
-
-
 def doctor(options: opts.DoctorOptions) -> None:
     """`controlfill doctor`."""
     quiet_libraries()
@@ -375,6 +331,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "inpaint": (opts.InpaintOptions, inpaint),
     "outpaint": (opts.OutpaintOptions, outpaint),
     "batch": (opts.BatchOptions, batch),
+    "zoom": (opts.ZoomOptions, zoom),
     "infer": (opts.InferOptions, infer),
     "generate": (opts.GenerateOptions, generate),
     "evaluate": (opts.EvaluateOptions, evaluate),

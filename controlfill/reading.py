@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +30,28 @@ def read_options(cls: type[Any], name: str, arguments: list[str]) -> Any:
             if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         }
         default = cls(**{**blank, **values})
-    return tyro.cli(
-        cls,
-        prog=f"controlfill {name}",
-        args=own_names(arguments),
-        default=default,
-        use_underscores=True,
-    )
+    with one_line():
+        return tyro.cli(
+            cls,
+            prog=f"controlfill {name}",
+            args=own_names(arguments),
+            default=default,
+            use_underscores=True,
+        )
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """Turn what tyro says of wrong flags, a box of several lines, into one UserError."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            yield
+    except SystemExit as error:
+        if not error.code:
+            raise
+        words = re.sub(r"[─-╿]", " ", said.getvalue()).split()
+        raise UserError(" ".join(words)) from error
 
 
 def take_option(name: str, arguments: list[str], wants: str) -> tuple[str | None, list[str]]:

@@ -20,7 +20,7 @@ SAMPLE = {
     "num_inference_steps", "scheduler", "seed", "feather", "mixed_precision", "device",
     "output_dir", "conditioning", "window_size", "window_overlap", "window_batch",
     "control_guidance_start", "control_guidance_end", "control_prompted_only", "guidance_start",
-    "guidance_end",
+    "guidance_end", "window_order", "repair_seams",
 }  # fmt: skip
 HOLE = SAMPLE | {
     "mask_polarity", "invert_mask", "grow_mask", "soft_mask", "only_masked", "context",
@@ -66,6 +66,11 @@ FLAGS = {
     "batch": (HOLE - {"image", "mask", "num_images"})
     | {"data", "mask_dir", "control", "base"}
     | {"left", "right", "top", "bottom", "expand", "to", "anchor"},
+    "zoom": (SAMPLE - {"num_images"})
+    | {
+        "image", "out", "control", "base", "num_zooms", "zoom_factor", "seconds_per_zoom", "fps",
+        "zoom_in",
+    },
     "infer": HOLE
     | {
         "checkpoint_path", "input_image", "input_mask", "pretrained_model_name_or_path",

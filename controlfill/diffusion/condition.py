@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,24 +17,37 @@ from controlfill.models.bundle import Bundle
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """`text` (B, tokens, width) and `hint` (B, channels, H, W) of one batch."""
+    """`text` (B, tokens, width) and `hint` (B, channels, H, W) of one batch.
+
+    `masked` (B, 5, h, w), the mask and the latents of the masked picture, is for inpaint UNets.
+    """
 
     text: Tensor
     hint: Tensor
+    masked: Tensor | None = None
 
     def doubled(self, without: Tensor) -> Condition:
         """The condition of classifier-free guidance: `without` prompt first, then this one."""
-        return Condition(text=torch.cat([without, self.text]), hint=torch.cat([self.hint] * 2))
+        twice = self._each(lambda tensor: torch.cat([tensor] * 2))
+        return replace(twice, text=torch.cat([without, self.text]))
 
     def last(self, count: int) -> Condition:
         """That of the last `count` samples."""
-        return Condition(text=self.text[-count:], hint=self.hint[-count:])
+        return self._each(lambda tensor: tensor[-count:])
 
     def part(self, windows: Windows, places: Sequence[Place]) -> Condition:
         """The condition of the windows at `places`, which count in latent cells."""
-        scale = self.hint.shape[-1] // windows.canvas[1]
+        cells = windows.canvas[1]
         text = self.text.repeat(len(places), 1, 1)
-        return Condition(text=text, hint=windows.stack(self.hint, places, scale))
+        return self._each(lambda t: windows.stack(t, places, t.shape[-1] // cells), text)
+
+    def _each(self, change: Callable[[Tensor], Tensor], text: Tensor | None = None) -> Condition:
+        """The same with `change` made to every part, or with another `text`."""
+        return Condition(
+            text=change(self.text) if text is None else text,
+            hint=change(self.hint),
+            masked=None if self.masked is None else change(self.masked),
+        )
 
 
 def latent_mask(mask: Tensor, factor: int) -> Tensor:
@@ -47,12 +60,13 @@ def latent_mask(mask: Tensor, factor: int) -> Tensor:
     return F.max_pool2d(cells, kernel_size=3, stride=1, padding=1)
 
 
-def smooth_fill(image: Tensor, mask: Tensor) -> Tensor:
+def smooth_fill(image: Tensor, mask: Tensor, sweeps: int = 0) -> Tensor:
     """The picture (B, 3, H, W) with its hole filled by averages of what is known around it.
 
     Push-pull: averages of known pixels over ever larger blocks, the finest that exist (Gortler et
     al. 1996). The VAE must see neither what the hole hid nor an edge at its rim, since both would
-    reach the latents of known pixels; where nothing is known the fill is mid-grey.
+    reach the latents of known pixels; where nothing is known the fill is mid-grey. So many `sweeps`
+    of each size of blocks bring it closer to the membrane of Laplace's equation.
     """
     weight = 1 - mask
     summed, weights = [image * weight], [weight]
@@ -63,7 +77,16 @@ def smooth_fill(image: Tensor, mask: Tensor) -> Tensor:
     for total, known in zip(reversed(summed), reversed(weights), strict=True):
         coarse = F.interpolate(filled, total.shape[-2:], mode="bilinear", align_corners=False)
         filled = torch.where(known > 0, total / known.clamp(min=1e-6), coarse)
+        for _ in range(sweeps):
+            filled = torch.where(known > 0, filled, neighbours_mean(filled))
     return filled
+
+
+def neighbours_mean(image: Tensor) -> Tensor:
+    """The mean (B, C, H, W) of each pixel's four neighbours; at borders the pixel stands in."""
+    wide = F.pad(image, (1, 1, 1, 1), mode="replicate")
+    across = wide[..., 1:-1, 2:] + wide[..., 1:-1, :-2]
+    return (wide[..., 2:, 1:-1] + wide[..., :-2, 1:-1]).add_(across).div_(4)
 
 
 def known_latents(bundle: Bundle, batch: Batch) -> Tensor:
@@ -79,6 +102,21 @@ def make_hint(bundle: Bundle, spec: Spec, batch: Batch) -> Tensor:
     return torch.cat([latents, latent_mask(batch.mask, bundle.factor)], dim=1)
 
 
+def masked_latents(bundle: Bundle, batch: Batch) -> Tensor:
+    """What an inpaint UNet sees beside the noise: mask and masked picture, (B, 5, h, w).
+
+    As in diffusers' pipelines and in its training: the picture's hole is mid-grey, and a cell is
+    open if its first pixel is.
+    """
+    latents = encode_tiled(bundle, (batch.image * 2 - 1) * (batch.mask < 0.5))
+    mask = F.interpolate(batch.mask, latents.shape[-2:]).to(latents)
+    return torch.cat([mask, latents], dim=1)
+
+
 def encode_condition(bundle: Bundle, spec: Spec, batch: Batch) -> Condition:
     """The condition of `batch`, on the device of the batch."""
-    return Condition(text=bundle.text.encode(batch.prompts), hint=make_hint(bundle, spec, batch))
+    return Condition(
+        text=bundle.text.encode(batch.prompts),
+        hint=make_hint(bundle, spec, batch),
+        masked=masked_latents(bundle, batch) if bundle.sees_masks else None,
+    )

@@ -53,8 +53,9 @@ class ControlDenoiser:
                 [_spare(r, spared).to(dtype) for r in down],
                 _spare(middle, spared).to(dtype),
             )
+        seen = noisy if condition.masked is None else torch.cat([noisy, condition.masked], dim=1)
         return self.unet(
-            noisy.to(dtype),
+            seen.to(dtype),
             timesteps,
             encoder_hidden_states=condition.text.to(dtype),
             down_block_additional_residuals=down,

@@ -199,9 +199,13 @@ def _block(seeds: Sequence[int], channels: int, place: Place) -> Tensor:
     """The noise (B, C, BLOCK, BLOCK) of one block."""
     drawn = []
     for seed in seeds:
-        # Words of a seed are never negative, places may be.
-        words = (seed, place[0] + 2**31, place[1] + 2**31)
-        state = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
-        rng = torch.Generator().manual_seed(state)
+        rng = torch.Generator().manual_seed(place_seed(seed, place))
         drawn.append(torch.randn((channels, BLOCK, BLOCK), generator=rng))
     return torch.stack(drawn)
+
+
+def place_seed(seed: int, place: Place) -> int:
+    """A seed of its own for each place."""
+    # Words of a seed are never negative, places may be.
+    words = (seed, place[0] + 2**31, place[1] + 2**31)
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])

@@ -14,9 +14,10 @@ from controlfill.data.sources import WorldSource, make_preparation, open_source
 from controlfill.data.worlds import HELD_OUT, PATTERNED, World
 from controlfill.evaluation.judge import Verdict, judge
 from controlfill.evaluation.metrics import Scores, score, summarize
-from controlfill.images import paste, to_uint8
+from controlfill.images import to_uint8
 from controlfill.inference.fill import check_fills, fill_with
 from controlfill.inference.generate import generate_batch, guidance_scale
+from controlfill.inference.holes import finish
 from controlfill.inference.pipeline import Pipeline
 from controlfill.options import EvaluateOptions, SampleOptions
 
@@ -136,7 +137,7 @@ def fill_all(
 ) -> Iterator[np.ndarray]:
     """Our fills of `samples` (all of one size), sampled in batches, pasted."""
     settings = sample_options(options)
-    size = options.eval_batch_size
+    size, factor = options.eval_batch_size, pipeline.bundle.factor
     for first in range(0, len(samples), size):
         part = samples[first : first + size]
         batch = collate(part, pipeline.spec)
@@ -145,7 +146,7 @@ def fill_all(
         generated = to_uint8(generate_batch(pipeline, batch, seeded))
         report("sampling", first + len(part), len(samples))
         for sample, picture in zip(part, generated, strict=True):
-            yield paste(sample.image, picture, known_mask(sample))
+            yield finish(picture, sample.image, known_mask(sample), settings, factor)
 
 
 def known_mask(sample: Sample) -> np.ndarray:

@@ -25,8 +25,14 @@ from controlfill.images import (
     within,
 )
 from controlfill.inference.fill import fill_with
-from controlfill.inference.generate import Canvas, generate_batch, guidance_scale
-from controlfill.inference.holes import choose_boxes, fit_colours, open_hole
+from controlfill.inference.generate import (
+    Canvas,
+    choose_windows,
+    generate_batch,
+    guidance_scale,
+)
+from controlfill.inference.holes import Box, choose_boxes, finish, open_hole
+from controlfill.inference.order import ORDERS
 from controlfill.inference.pipeline import Pipeline, Progress
 from controlfill.options import HoleOptions, SampleOptions
 
@@ -114,13 +120,10 @@ def complete(
     latent cells keep their places and their noise while a canvas grows around it.
     """
     start = fill_with(options.fill, image, hole) if options.fill else image
-    if options.strength:
-        generated = _generate_around(pipeline, start, hole, options, progress, old)
-    else:
-        generated = start
-    if options.match_colours:
-        generated = fit_colours(generated, image, hole)
-    return paste(image, generated, hole, options.feather)
+    if not options.strength:
+        return paste(image, start, hole, options.feather)
+    generated = _generate_around(pipeline, start, hole, options, progress, old)
+    return finish(generated, image, hole, options, pipeline.bundle.factor)
 
 
 def _generate_around(
@@ -179,11 +182,71 @@ def _generate(
     multiple = pipeline.bundle.size_multiple
     parts = {"image": sample_.image, "mask": sample_.mask, "hint": sample_.hint}
     padded = {n: pad_to_multiple(p, multiple) for n, p in parts.items() if p is not None}
-    batch = collate([replace(sample_, **padded)], pipeline.spec)
+    whole = replace(sample_, **padded)
     if canvas.soft is not None:
         canvas = replace(canvas, soft=pad_to_multiple(canvas.soft, multiple))
+    boxes = _order_windows(pipeline, whole, options)
     with pipeline.lock:
-        return to_uint8(generate_batch(pipeline, batch, options, progress, canvas))[0]
+        if not boxes:
+            return _generate_whole(pipeline, whole, options, progress, canvas)
+        return _generate_in_turn(pipeline, whole, options, progress, canvas, boxes)
+
+
+def _order_windows(pipeline: Pipeline, sample_: Sample, options: SampleOptions) -> list[Box]:
+    """The windows to be filled one after the other; none where all are painted together."""
+    if options.window_order == "joint" or sample_.mask is None:
+        return []
+    factor, (height, width) = pipeline.bundle.factor, sample_.mask.shape
+    cells = (height // factor, width // factor)
+    windows = choose_windows(pipeline.bundle, cells, options)
+    hole = sample_.mask.reshape(cells[0], factor, cells[1], factor).max(axis=(1, 3)) > 0
+    # What is new everywhere has no rim to begin at.
+    if windows.size == windows.canvas or hole.all():
+        return []
+    down, right = (side * factor for side in windows.size)
+    return [
+        Box(top=top * factor, left=left * factor, height=down, width=right)
+        for top, left in ORDERS[options.window_order](hole, windows)
+    ]
+
+
+def _generate_in_turn(
+    pipeline: Pipeline,
+    sample_: Sample,
+    options: SampleOptions,
+    progress: Progress | None,
+    canvas: Canvas,
+    boxes: Sequence[Box],
+) -> np.ndarray:
+    """`sample_` filled window by window: what one paints is known to the next."""
+    assert sample_.mask is not None
+    image, hole, factor = sample_.image.copy(), sample_.mask.copy(), pipeline.bundle.factor
+    soft = None if canvas.soft is None else canvas.soft.copy()
+    alone = replace(options, window_size=0, feather=0)
+    for number, box in enumerate(boxes):
+        part = Sample(image=box.of(image), mask=box.of(hole), prompt=sample_.prompt)
+        here = Canvas(
+            origin=(canvas.origin[0] + box.top // factor, canvas.origin[1] + box.left // factor),
+            soft=None if soft is None else box.of(soft),
+        )
+        told = _of_many(progress, number, len(boxes))
+        made = _generate_whole(pipeline, part, alone, told, here)
+        box.of(image)[:] = finish(made, box.of(image), box.of(hole), alone, factor)
+        for plane in (hole, soft):
+            if plane is not None:
+                box.of(plane)[:] = 0
+    return image
+
+
+def _generate_whole(
+    pipeline: Pipeline,
+    sample_: Sample,
+    options: SampleOptions,
+    progress: Progress | None,
+    canvas: Canvas,
+) -> np.ndarray:
+    batch = collate([sample_], pipeline.spec)
+    return to_uint8(generate_batch(pipeline, batch, options, progress, canvas))[0]
 
 
 def make_result(

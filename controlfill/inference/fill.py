@@ -98,7 +98,9 @@ def noise(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
         # The rank of a value among those of the hole is its rank among the known colours too.
         order = shaped[~known][:, channel].argsort().argsort()
         ranks = (order + 0.5) / max(1, len(order))
-        filled[~known, channel] = np.quantile(image[known][:, channel], ranks)
+        colours = np.sort(image[known][:, channel])
+        places = np.arange(len(colours))
+        filled[~known, channel] = np.interp(ranks * (len(colours) - 1), places, colours)
     return filled
 
 

@@ -32,6 +32,7 @@ from controlfill.diffusion.tiles import (
     draw_noise,
     encode_tiled,
     make_windows,
+    place_seed,
 )
 from controlfill.errors import UserError
 from controlfill.images import from_bytes
@@ -80,12 +81,14 @@ def generate_batch(
     scheduler = make_scheduler(
         options.scheduler, bundle.scheduler_config, options.num_inference_steps, bundle.device
     )
-    known = make_known(bundle, batch, canvas)
+    open_ = open_cells(batch, canvas, bundle.factor)
+    known = make_known(bundle, batch, canvas, open_)
     seeds = range(options.seed, options.seed + len(batch.prompts))
-    noise = draw_noise(seeds, known.latents.shape[1:], canvas.origin).to(known.latents)
-    rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shape = (bundle.vae.config["latent_channels"], *open_.shape[2:])
+    noise = draw_noise(seeds, shape, canvas.origin).to(bundle.device, bundle.unet.dtype)
+    rngs = [torch.Generator().manual_seed(place_seed(seed, canvas.origin)) for seed in seeds]
     start = make_start(bundle, batch, options.strength, len(scheduler.timesteps))
-    denoise = make_denoise(pipeline, batch, options, known.mask, scheduler.timesteps)
+    denoise = make_denoise(pipeline, batch, options, open_, scheduler.timesteps)
     latents, total = noise, len(scheduler.timesteps) - (start.step if start else 0)
     steps = sample(denoise, scheduler, noise, rngs, known, start)
     for done, latents in enumerate(steps, 1):  # noqa: B007
@@ -96,14 +99,24 @@ def generate_batch(
     return decode_tiled(bundle, latents)
 
 
-def make_known(bundle: Bundle, batch: Batch, canvas: Canvas) -> Known:
-    """What of `batch` is known, in latents; under a soft mask that is all of it, for a while."""
+def open_cells(batch: Batch, canvas: Canvas, factor: int) -> Tensor:
+    """How much may change in each latent cell, (B, 1, h, w) in [0, 1]."""
     if canvas.soft is None:
-        mask = latent_mask(batch.mask, bundle.factor)
-        return Known(latents=known_latents(bundle, batch), mask=mask)
+        return latent_mask(batch.mask, factor)
     soft = from_bytes(torch.from_numpy(canvas.soft[None, ..., None])).to(batch.mask)
-    latents = encode_tiled(bundle, batch.image * 2 - 1)
-    return Known(latents=latents, mask=latent_mask(soft, bundle.factor))
+    return latent_mask(soft, factor)
+
+
+def make_known(bundle: Bundle, batch: Batch, canvas: Canvas, open_: Tensor) -> Known | None:
+    """What of `batch` is to be put back after each step; under a soft mask all, for a while.
+
+    None where nothing is known, and for inpaint UNets, which see it themselves.
+    """
+    if canvas.soft is not None:
+        return Known(latents=encode_tiled(bundle, batch.image * 2 - 1), mask=open_)
+    if bundle.sees_masks or bool(open_.all()):
+        return None
+    return Known(latents=known_latents(bundle, batch), mask=open_)
 
 
 def make_start(bundle: Bundle, batch: Batch, strength: float, steps: int) -> Start | None:

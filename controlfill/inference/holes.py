@@ -7,14 +7,32 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
 
 from controlfill.data.masks import dilate
+from controlfill.diffusion.condition import smooth_fill
 from controlfill.errors import UserError
-from controlfill.images import Photo, as_grey, as_photo, some_white, white_where
-from controlfill.options import HoleOptions
+from controlfill.images import (
+    Photo,
+    as_grey,
+    as_photo,
+    feather_weight,
+    paste,
+    some_white,
+    white_where,
+)
+from controlfill.options import HoleOptions, SampleOptions
 
+# The furthest that greys grow, in pixels.
+MOST_SOFT = 128
 # The least that is looked at around a hole, in pixels, whatever --context says.
 LEAST_CONTEXT = 32
+# Six times as many gain less than 0.1 dB.
+SWEEPS = 10
+# Latent cells after which a third of a seam's repair is left. Measured on 256 wholly masked objects
+# and 96 pictures: 1 cell 95.7 % and 18.47 dB, 2 cells 94.5 % and 18.52 dB, without an end 89.1 %
+# and 18.47 dB, no repair 95.3 % and 17.93 dB.
+REACH = 2
 
 
 def open_hole(mask: Any, photo: Photo, options: HoleOptions) -> np.ndarray:
@@ -28,11 +46,25 @@ def open_hole(mask: Any, photo: Photo, options: HoleOptions) -> np.ndarray:
         hole = 255 - hole
     if not options.soft_mask:
         hole = white_where(hole > 127)
-    if options.grow_mask > 0:
-        hole = dilate(hole, options.grow_mask)
-    elif options.grow_mask < 0:
-        hole = 255 - dilate(255 - hole, -options.grow_mask)
+    if options.grow_mask:
+        hole = grow(hole, options.grow_mask, options.soft_mask)
     return some_white(hole)
+
+
+def grow(hole: np.ndarray, pixels: int, soft: bool) -> np.ndarray:
+    """The `hole` (H, W) larger by so many `pixels` on all sides, or smaller by as many below 0.
+
+    Raises UserError where greys would have to go further than MOST_SOFT.
+    """
+    if pixels < 0:
+        return 255 - grow(255 - hole, -pixels, soft)
+    if not soft:
+        # However far it grows, it takes no longer.
+        away = cv2.distanceTransform(255 - hole, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        return white_where((away <= pixels) & hole.any())
+    if pixels > MOST_SOFT:
+        raise UserError(f"--grow_mask {pixels}; with --soft_mask at most {MOST_SOFT} either way")
+    return dilate(hole, pixels)
 
 
 def transparent(mask: Any, size: tuple[int, int]) -> np.ndarray:
@@ -133,6 +165,44 @@ def apart(parts: list[np.ndarray], native: int, context: float) -> list[Box]:
             part = part | found.pop(i)[0]
         waiting.append(part)
     return [box for _, box in found]
+
+
+def finish(
+    generated: np.ndarray,
+    known: np.ndarray,
+    hole: np.ndarray,
+    options: SampleOptions,
+    factor: int,
+) -> np.ndarray:
+    """`generated` (H, W, 3) in the `hole` (H, W) of `known`, as `options` want the two to meet.
+
+    `factor` is the base's pixels per latent cell.
+    """
+    if options.match_colours:
+        generated = fit_colours(generated, known, hole)
+    if options.repair_seams:
+        new = feather_weight(hole, options.feather) > 0
+        generated = repair_seams(generated, known, new, REACH * factor)
+    return paste(known, generated, hole, options.feather)
+
+
+def repair_seams(
+    generated: np.ndarray, known: np.ndarray, hole: np.ndarray, reach: float
+) -> np.ndarray:
+    """`generated` (H, W, 3) without the step at the rim of the `hole` (H, W), bool.
+
+    What was lost on known pixels on the way through the networks is given back in the hole too, by
+    a membrane stretched over it (Perez et al. 2003, "Poisson Image Editing"); less of it the deeper
+    in the hole, a third after `reach` pixels, for there it would disturb what was painted.
+    """
+    if hole.all():
+        return generated
+    lost = torch.from_numpy(known.astype(np.float32) - generated).permute(2, 0, 1)[None]
+    unknown = torch.from_numpy(hole.astype(np.float32))[None, None]
+    membrane = smooth_fill(lost * (1 - unknown), unknown, SWEEPS)[0].permute(1, 2, 0).numpy()
+    depth = cv2.distanceTransform(hole.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5)
+    weight = np.exp((1 - depth) / reach)[..., None]
+    return np.rint((generated + weight * membrane).clip(0, 255)).astype(np.uint8)
 
 
 def fit_colours(generated: np.ndarray, known: np.ndarray, hole: np.ndarray) -> np.ndarray:

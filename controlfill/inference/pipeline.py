@@ -21,6 +21,7 @@ from controlfill.models.controlnet import (
     load_controlnet,
     read_control_header,
 )
+from controlfill.models.text import Recent
 from controlfill.options import GrowOptions, HoleOptions, SampleOptions
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from controlfill.inference.complete import Result
 
 log = logging.getLogger(__name__)
+# What a pipeline without a ControlNet makes of its pictures; nobody looks at the hint then.
+HOLE_SPEC = open_spec("masked-image")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Told (steps done, steps in all); returns False to stop.
 Progress = Callable[[int, int], bool | None]
@@ -119,22 +122,44 @@ def load(
     """Load a base and a ControlNet; without either, the embedded pair.
 
     `control` is a checkpoint, final_model, diffusers folder, .safetensors file or `embedded`;
-    `base` is taken from its header when not given. `conditioning` is needed only for foreign
+    `base` is taken from its header when not given; one with a 9-channel inpaint UNet also works
+    without `control`. `conditioning` is needed only for foreign
     weights, which don't say what they were trained with. Raises UserError.
     """
     if control is None and base in (None, embedded.EMBEDDED):
         control = embedded.EMBEDDED
     if control is None:
-        raise UserError(f"--base {base} needs a --control that was trained on it")
-    file = find_controlnet(control)
+        bundle, network, spec = load_alone(str(base)), None, HOLE_SPEC
+    else:
+        bundle, network, spec = load_pair(base, find_controlnet(control), conditioning)
+    place, dtype = pick_device(device), DTYPES[mixed_precision]
+    if network is not None:
+        torch.nn.Module.to(network.eval().requires_grad_(False), device=place, dtype=dtype)
+    bundle.text.cache = Recent(bundle.text)
+    return Pipeline(bundle=bundle.to(place, dtype), network=network, spec=spec, control=control)
+
+
+def load_pair(
+    base: str | None, file: Path, conditioning: str | None
+) -> tuple[Bundle, ControlNetModel, Spec]:
+    """The ControlNet in `file`, its base and its conditioning. Raises UserError."""
     header = read_control_header(file)
     spec = choose_spec(header, conditioning, file)
-    bundle = load_bundle(choose_base(header, base, file))
+    bundle = load_bundle(choose_base(header, base, file), inpainting=True)
     check_base(header, bundle, file)
     network = load_controlnet(file, bundle, spec.channels, at_latent_size=spec.at_latent_size)
-    place, dtype = pick_device(device), DTYPES[mixed_precision]
-    torch.nn.Module.to(network.eval().requires_grad_(False), device=place, dtype=dtype)
-    return Pipeline(bundle=bundle.to(place, dtype), network=network, spec=spec, control=control)
+    return bundle, network, spec
+
+
+def load_alone(base: str) -> Bundle:
+    """A base that needs no ControlNet, since its UNet sees masks itself. Raises UserError."""
+    bundle = load_bundle(base, inpainting=True)
+    if not bundle.sees_masks:
+        raise UserError(
+            f"--base {base} needs a --control that was trained on it; only inpaint UNets, which "
+            "take 9 channels, fill holes alone"
+        )
+    return bundle
 
 
 def choose_spec(header: Header | None, conditioning: str | None, file: Path) -> Spec:

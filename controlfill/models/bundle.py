@@ -28,6 +28,8 @@ SUCCESSORS = {
     "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
 }
 USUAL_GUIDANCE = 7.5
+# Noisy latents, the mask, and the latents of the masked picture (SD's inpainting checkpoints).
+INPAINT_CHANNELS = 4 + 1 + 4
 FAMILIES = {768: "sd15", 1024: "sd2", embedded.TEXT_WIDTH: "embedded"}
 
 
@@ -66,6 +68,11 @@ class Bundle:
                 f"--image_size is {size}, but {self.name} needs a multiple of {multiple}; "
                 f"{near} would do"
             )
+
+    @property
+    def sees_masks(self) -> bool:
+        """Whether the UNet itself takes the mask and the masked picture: an inpaint UNet."""
+        return self.unet.config["in_channels"] == INPAINT_CHANNELS
 
     @property
     def family(self) -> str:
@@ -148,17 +155,18 @@ def current_name(name: str) -> str:
     return successor
 
 
-def load_bundle(name: str) -> Bundle:
+def load_bundle(name: str, inpainting: bool = False) -> Bundle:
     """Load a base by `embedded`, the path of a diffusers folder, or a hub id; all frozen, float32.
 
-    Raises UserError when it is not there or not of the SD 1.5 / SD 2 kind.
+    Raises UserError when it is not there or not of the SD 1.5 / SD 2 kind; `inpainting` lets it
+    have an inpaint UNet.
     """
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
     name = current_name(name)
     where = find_base(name)
-    check_unet(name, _config(UNet2DConditionModel, where, "unet"))
+    check_unet(name, _config(UNet2DConditionModel, where, "unet"), inpainting)
     bundle = Bundle(
         name=name,
         vae=_load_part(AutoencoderKL, where, "vae"),
@@ -203,14 +211,17 @@ def _config(cls: Any, where: str, subfolder: str) -> dict[str, Any]:
     return _try(lambda: dict(cls.load_config(where, subfolder=subfolder)), where)
 
 
-def check_unet(name: str, config: dict[str, Any]) -> None:
+def check_unet(name: str, config: dict[str, Any], inpainting: bool = False) -> None:
     """Raise UserError for UNets of other families, before gigabytes of them are fetched."""
     if config.get("addition_embed_type") == "text_time":
         raise UserError(f"{name} has two text encoders (SDXL); give an SD 1.5 or SD 2 base")
-    if config.get("in_channels", 4) != config.get("out_channels", 4):
+    channels = config.get("in_channels", 4)
+    if channels not in (config.get("out_channels", 4), INPAINT_CHANNELS):
+        raise UserError(f"{name}: its UNet takes {channels} channels; 4 or 9 are known here")
+    if channels == INPAINT_CHANNELS and not inpainting:
         raise UserError(
-            f"{name}: its UNet takes {config['in_channels']} channels; a ControlNet is trained on "
-            "a plain text-to-image base, whose UNet takes 4"
+            f"{name}: its UNet takes {channels} channels; a ControlNet is trained on a plain "
+            "text-to-image base, whose UNet takes 4"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -17,6 +18,17 @@ class Kept(Protocol):
     def get(self, prompts: list[str]) -> Tensor | None: ...
 
 
+class Recent:
+    """Kept vectors of the last prompts of a `text` whose encoder is frozen."""
+
+    def __init__(self, text: Text, most: int = 64) -> None:
+        self.encode = lru_cache(most)(lambda prompts: text.encode_anew(list(prompts)))
+
+    def get(self, prompts: list[str]) -> Tensor:
+        """The vectors of `prompts`, encoded now unless they were among the last."""
+        return self.encode(tuple(prompts))
+
+
 class Text:
     """A CLIP tokenizer and its text encoder, as SD 1.5 and SD 2 use them."""
 
@@ -30,12 +42,13 @@ class Text:
         """The last hidden states of `prompts`, (B, tokens, width); longer prompts are cut."""
         kept = self.cache.get(prompts) if self.cache is not None else None
         if kept is None:
-            return self._encode(prompts)
+            return self.encode_anew(prompts)
         place = next(self.encoder.parameters())
         return kept.to(place.device, place.dtype)
 
     @torch.no_grad()
-    def _encode(self, prompts: list[str]) -> Tensor:
+    def encode_anew(self, prompts: list[str]) -> Tensor:
+        """The same by the encoder itself, whatever is kept."""
         tokens = self.tokenizer(
             prompts,
             padding="max_length",

@@ -32,6 +32,7 @@ from controlfill.options.filling import (
     InpaintOptions,
     OutpaintOptions,
     SampleOptions,
+    ZoomOptions,
 )
 from controlfill.options.preparing import PrepareShardsOptions, PrepareTableOptions
 from controlfill.options.training import (
@@ -47,6 +48,6 @@ __all__ = [
     "EvaluateOptions", "FillOptions", "GenerateOptions", "GrowOptions", "HoleOptions",
     "InferOptions", "InpaintOptions", "LightningOptions", "MaskOptions", "Options",
     "OutpaintOptions", "Precision", "PrepareShardsOptions", "PrepareTableOptions",
-    "PreviewOptions", "SampleOptions", "TrainOptions", "check_numbers", "check_values",
-    "field_types", "read_size",
+    "PreviewOptions", "SampleOptions", "TrainOptions", "ZoomOptions", "check_numbers",
+    "check_values", "field_types", "read_size",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ Anchor = Literal[
 FillName = Literal[
     "telea", "navier-stokes", "biharmonic", "edge", "mirror", "mean", "blur", "noise"
 ]
+WindowOrder = Literal["outward", "rows", "joint"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 # The least value of options that are numbers, by name: the same name means the same everywhere.
@@ -35,6 +36,7 @@ LEAST = {
     "noise_offset": 0, "hole_weight": 0, "num_validation_images": 1, "validation_steps": 1,
     "variants": 1, "count": 1, "per_shard": 1, "window_size": 0,
     "window_batch": 1, "context": 1, "num_images": 1, "left": 0, "right": 0, "top": 0, "bottom": 0,
+    "num_zooms": 1, "zoom_factor": 1.01, "seconds_per_zoom": 0.01, "fps": 1,
 }  # fmt: skip
 SHARES = {
     "ema_decay": (0, 0.999999),

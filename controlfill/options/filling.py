@@ -16,6 +16,7 @@ from controlfill.options.base import (
     Precision,
     SchedulerName,
     SpecName,
+    WindowOrder,
 )
 from controlfill.options.data import DataOptions
 
@@ -57,6 +58,8 @@ class SampleOptions(Options):
     result."""
     match_colours: bool = False
     """Give back the colours that known pixels lost on their way through the networks."""
+    repair_seams: bool = True
+    """Even out the step between old and new at the rim of the hole."""
     feather: int = 0
     """Pixels around the hole over which old and new blend; 0 leaves each known pixel alone."""
     window_size: int | None = None
@@ -64,8 +67,11 @@ class SampleOptions(Options):
     Otherwise the base's own size, for pictures larger than one and a half times that."""
     window_overlap: float = 0.5
     """Share of a window that it has in common with the next."""
+    window_order: WindowOrder = "outward"
+    """How large holes are filled: `outward` one window after the other, first those that see most
+    of what is known; `rows` from top to bottom; `joint` all together in each step."""
     window_batch: int = 4
-    """Windows that go through the networks together."""
+    """Windows that go through the networks together, in joint order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +184,26 @@ class BatchOptions(PairOptions, PlaceOptions, ChangeOptions):
     """Folder of pictures, or a .jsonl file: a line per picture with image, mask and options."""
     mask_dir: Path | None = None
     """Folder of masks, named as their pictures; without masks pictures are grown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZoomOptions(PairOptions, PlaceOptions, SampleOptions):
+    """Grow IMAGE again and again into a video, OUT; the grown pictures go to --output_dir."""
+
+    image: Positional[Path]
+    """The picture, which also says how large the video is."""
+    out: Positional[Path]
+    """The video, an .mp4."""
+    num_zooms: int = 4
+    """How often the picture grows."""
+    zoom_factor: float = 2.0
+    """How many times as much is seen after each."""
+    seconds_per_zoom: float = 2.0
+    """Seconds from one to the next."""
+    fps: int = 24
+    """Frames per second."""
+    zoom_in: bool = False
+    """Play it backwards: from the last picture into the first."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import common, flops, infer, stand_in, tiny
+from benchmarks import common, flops, infer, outpaint, stand_in, tiny
+from benchmarks.gpu import infer_shapes
 from benchmarks.guard import compare
 
 
@@ -82,13 +83,62 @@ def test_results_name_machine_and_versions(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # diffusers' pipeline warns about its own past
-def test_sampling_is_that_of_diffusers_inpaint_pipeline(inputs, monkeypatch):
-    monkeypatch.setattr(infer, "STEPS", 2)
-    options = argparse.Namespace(rounds=1, size=64, window=64)
-    pipeline = infer.load_pair(inputs)
-    found, lines = infer.compare_exact(pipeline, options)
+@pytest.mark.parametrize("pair", ["proportions", "diffusers", "embedded"])
+def test_sampling_is_that_of_diffusers_inpaint_pipeline(inputs, pair, monkeypatch):
+    monkeypatch.setattr(infer, "STEPS", 3)
+    options = argparse.Namespace(rounds=1)
+    embedded = pair == "embedded"
+    pipeline = infer.load_embedded() if embedded else infer.load_pair(inputs, pair)
+    found, lines = infer.compare_exact(pipeline, 64, options)
     assert found["difference"] < infer.TOLERANCE
     assert lines[-1].endswith("equal")
+    # A ControlNet that says nothing would prove nothing.
+    batch = infer.make_batch(pipeline, 64)
+    few = {"scheduler": "ddim", "num_inference_steps": 3}
+    loud, mute = (
+        infer.our_picture(pipeline, batch, **few, controlnet_conditioning_scale=scale)()
+        for scale in (1.0, 0.0)
+    )
+    assert float((loud - mute).abs().max()) > 10 * infer.TOLERANCE
+
+
+def test_ways_of_sampling_are_timed(inputs):
+    options = argparse.Namespace(rounds=1, size=64, window=64)
+    pipeline = infer.load_pair(inputs)
     for compare_more in (infer.compare_crop, infer.compare_windows):
         figures, _ = compare_more(pipeline, options)
         assert all(f["seconds"]["median"] > 0 for f in figures.values())
+
+
+def test_outpainting_is_measured_beside_classical_fills(tmp_path):
+    options = argparse.Namespace(
+        pixels=24, pictures=1, steps=1, seed=1, orders=["outward", "joint"], device="cpu",
+        pictures_dir=tmp_path,
+    )  # fmt: skip
+    figures, lines = outpaint.compare(options)
+    for kind in ("patterned", "smooth"):
+        assert set(figures[kind]) == {"outward", "joint", *outpaint.CLASSICAL}
+        assert all(found["known_max_error"] == 0 for found in figures[kind].values())
+        assert (tmp_path / f"outpaint_{kind}.png").is_file()
+    assert len([line for line in lines if "PSNR" in line]) == 10
+
+
+def test_borders_of_windows_are_told_from_other_lines():
+    lines = outpaint.border_lines(64, 0.5)
+    assert lines == [32, 96, 160]
+    hole = np.ones((192, 192), bool)
+    hole[64:128, 64:128] = False
+    image = np.zeros((192, 192, 3), np.uint8)
+    image[:, 32:] += 50
+    at, elsewhere = outpaint.line_steps(image, lines, hole)
+    assert at > 5
+    assert elsewhere == 0
+
+
+@pytest.mark.parametrize("side", ["stock", "ours"])
+def test_denoising_steps_at_full_size_are_the_same_on_both_sides(side):
+    networks = infer_shapes.make_networks("sd15-tiny", "cpu", torch.float32)
+    found, predicted = infer_shapes.measure(networks, 2, side, 1)
+    _, wanted = infer_shapes.measure(networks, 2, "stock", 1)
+    assert found["steps_per_second"] > 0
+    torch.testing.assert_close(predicted, wanted, atol=1e-4, rtol=1e-4)

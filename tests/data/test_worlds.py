@@ -74,6 +74,36 @@ def test_on_a_grid_lengths_are_multiples_and_nothing_turns():
     assert 0 < abs(free.turn(1.0)) <= 1
 
 
+@pytest.mark.parametrize("world", ["shapes", "shapes-full", "shapes-bare"])
+def test_a_margin_is_more_of_the_same_ground(world):
+    for seed in range(40):
+        world_ = open_world(world)
+        picture, wide = world_.draw(seed, (64, 80)), world_.draw(seed, (64, 80), margin=24)
+        assert wide.image.shape == (112, 128, 3)
+        np.testing.assert_array_equal(wide.image[24:-24, 24:-24], picture.image)
+        np.testing.assert_array_equal(wide.object_mask[24:-24, 24:-24], picture.object_mask)
+        assert wide.object_mask.sum() == picture.object_mask.sum()
+        beyond = {tuple(colour) for colour in wide.image[:20].reshape(-1, 3)}
+        if picture.truth.ground != "graded" and world != "shapes-full":
+            ends = {COLOURS[name] for name in picture.truth.ground_colours}
+            assert ends <= beyond
+
+
+def test_bare_pictures_are_grounds_without_an_object():
+    bare, full = open_world("shapes-bare"), open_world("shapes")
+    drawn = [(bare.draw(seed), full.draw(seed)) for seed in range(300)]
+    without = [(a, b) for a, b in drawn if a.truth.bare]
+    assert 60 < len(without) < 120
+    for a, b in without:
+        assert not a.object_mask.any()
+        assert a.truth.caption == b.truth.scenery
+        assert b.truth.caption.endswith(f" on {a.truth.caption}")
+        np.testing.assert_array_equal(a.image[b.object_mask == 0], b.image[b.object_mask == 0])
+    for a, b in drawn:
+        if not a.truth.bare:
+            np.testing.assert_array_equal(a.image, b.image)
+
+
 def test_unknown_worlds_are_refused():
     with pytest.raises(UserError, match="no world is called 'moon'; there are: shapes"):
         open_world("moon")

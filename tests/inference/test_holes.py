@@ -1,14 +1,18 @@
 """Masks mean what their giver says, and only what is needed is looked at."""
 
+from dataclasses import replace
+
+import cv2
 import numpy as np
 import pytest
 
 from controlfill.errors import UserError
+from controlfill.evaluation.metrics import rim_steps
 from controlfill.images import Photo
 from controlfill.inference import complete as room
 from controlfill.inference.complete import inpaint
 from controlfill.inference.fill import FILLS, fill_with
-from controlfill.inference.holes import Box, choose_boxes, fit_colours, open_hole
+from controlfill.inference.holes import Box, choose_boxes, fit_colours, open_hole, repair_seams
 from controlfill.options import HoleOptions
 
 FAST = {"num_inference_steps": 2}
@@ -203,3 +207,33 @@ def test_lost_colours_are_given_back(photo, hole):
     assert after < before / 3
     everything = np.full_like(hole, 255)
     np.testing.assert_array_equal(fit_colours(darker, photo, everything), darker)
+
+
+def test_a_membrane_takes_away_an_even_error_and_leaves_the_texture(photo, hole):
+    """What is the same everywhere is no texture but a loss; repaired, nothing of it is left."""
+    rng = np.random.default_rng(0)
+    truth = np.clip(photo.astype(int) // 2 + rng.integers(0, 40, photo.shape) + 40, 0, 255)
+    truth = truth.astype(np.uint8)
+    rows = np.linspace(-20, 20, 45).round().astype(int)[:, None, None]
+    darker = (truth + rows).astype(np.uint8)
+    repaired = repair_seams(darker, truth, hole > 0, 1000).astype(int)
+    before, after = (np.abs(m.astype(int) - truth)[hole > 0].mean() for m in (darker, repaired))
+    assert after < before / 4
+    near = repair_seams(darker, truth, hole > 0, 2).astype(int)
+    assert (near[20, 35] == darker[20, 35]).all()
+    rim = near[10, 20:50] - truth[10, 20:50].astype(int)
+    assert np.abs(rim).mean() < 2
+    assert (repair_seams(darker, truth, np.ones_like(hole) > 0, 8) == darker).all()
+
+
+@pytest.mark.parametrize("feather", [0, 5])
+def test_seams_are_repaired_unless_told_otherwise(pipe, photo, hole, feather):
+    asked = HoleOptions(num_inference_steps=2, feather=feather)
+    with_, without = (
+        inpaint(pipe, photo, hole, replace(asked, repair_seams=on)).image for on in (True, False)
+    )
+    # A feather hides most of the step already.
+    most = 0.95 if feather else 0.8
+    assert rim_steps(with_, hole > 0) < most * rim_steps(without, hole > 0)
+    far = cv2.distanceTransform((hole == 0).astype(np.uint8), cv2.DIST_L2, 5) > feather + 1
+    assert (with_[far] == photo[far]).all()

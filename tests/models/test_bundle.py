@@ -9,6 +9,7 @@ import torch
 
 from controlfill.errors import UserError
 from controlfill.models.bundle import current_name, find_base, load_bundle
+from controlfill.models.text import Recent
 
 
 def test_the_embedded_base(pipe):
@@ -118,4 +119,19 @@ def test_encoders_that_want_padding_masked_get_it(pipe, monkeypatch):
     text = pipe.bundle.text
     plain = text.encode(["red circle"])
     monkeypatch.setattr(text.encoder.config, "use_attention_mask", True, raising=False)
-    assert not torch.allclose(plain, text.encode(["red circle"]))
+    assert not torch.allclose(plain, text.encode_anew(["red circle"]))
+
+
+def test_prompts_are_encoded_once(pipe, monkeypatch):
+    text = load_bundle("embedded").text
+    text.cache, calls = Recent(text, most=2), []
+    whole = text.encoder.forward
+    monkeypatch.setattr(text.encoder, "forward", lambda *a, **k: calls.append(1) or whole(*a, **k))
+    first = text.encode(["a red star", ""])
+    assert torch.equal(text.encode(["a red star", ""]), first)
+    assert len(calls) == 1
+    assert torch.equal(first, pipe.bundle.text.encode_anew(["a red star", ""]))
+    text.encode(["a"])
+    text.encode(["b"])
+    text.encode(["a red star", ""])  # forgotten by now
+    assert len(calls) == 4
