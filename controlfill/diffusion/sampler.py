@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -88,7 +89,7 @@ def make_scheduler(name: str, config: dict[str, Any], steps: int, device: torch.
     """A fresh diffusers scheduler for one call, set to `steps` timesteps.
 
     UniPC and DPM++ 2M get Karras sigmas (Karras et al. 2022), without which they are no better than
-    DDIM; not on a zero-terminal-SNR base, whose largest sigma is infinite.
+    DDIM; on a zero-terminal-SNR base they follow a first step from pure noise.
     """
     if name not in SCHEDULERS:
         raise UserError(f"no scheduler is called {name!r}; there are: {', '.join(SCHEDULERS)}")
@@ -96,11 +97,22 @@ def make_scheduler(name: str, config: dict[str, Any], steps: int, device: torch.
     if not 1 <= steps <= most:
         raise UserError(f"--num_inference_steps is {steps}; it lies between 1 and {most}")
     cls, extra = SCHEDULERS[name]
-    if config.get("rescale_betas_zero_snr"):
-        extra = {key: value for key, value in extra.items() if key != "use_karras_sigmas"}
     scheduler = cls.from_config(config, **extra)
+    if config.get("rescale_betas_zero_snr") and "use_karras_sigmas" in extra:
+        scheduler._convert_to_karras = sigmas_after_noise
     scheduler.set_timesteps(steps, device=device)
     return scheduler
+
+
+def sigmas_after_noise(in_sigmas: np.ndarray, num_inference_steps: int) -> np.ndarray:
+    """The largest sigma, which is all but infinite, then Karras's from FIRST_SIGMA on (rho 7).
+
+    From the largest down by his formula most steps would be spent where nothing is to be seen.
+    """
+    least, most = float(min(in_sigmas)), float(max(in_sigmas))
+    share = np.linspace(0, 1, num_inference_steps - 1)
+    ends = FIRST_SIGMA ** (1 / 7), least ** (1 / 7)
+    return np.concatenate([[most], (ends[0] + share * (ends[1] - ends[0])) ** 7])
 
 
 def sample(
@@ -178,6 +190,8 @@ def _among(t: Tensor, times: Times) -> bool:
     return times is None or float(t) in times
 
 
+# Measured on the embedded base: docs/filling.md.
+FIRST_SIGMA = 20.0
 TAKES_NOISE = (DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler)
 KARRAS = {"use_karras_sigmas": True}
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {

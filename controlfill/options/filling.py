@@ -44,10 +44,10 @@ class SampleOptions(Options):
     """Share of the steps after which guidance is used."""
     guidance_end: float = 1.0
     """Share of the steps after which it is not: a step without it takes half of the time."""
-    num_inference_steps: int = 20
+    num_inference_steps: int = 10
     """Denoising steps."""
-    scheduler: SchedulerName = "ddim"
-    """Sampling method; unipc and dpm++2m use Karras sigmas where the base allows it."""
+    scheduler: SchedulerName = "unipc"
+    """Sampling method; unipc and dpm++2m use Karras sigmas."""
     seed: int = 42
     """Seed of the noise."""
     strength: float = 1.0
@@ -261,9 +261,9 @@ class EvaluateOptions(DataOptions):
     """The base; otherwise the one the ControlNet was trained on."""
     conditioning: SpecName | None = None
     """What the ControlNet was trained with; only for foreign weights, which don't say."""
-    num_inference_steps: int = 20
+    num_inference_steps: int = 10
     """Denoising steps."""
-    scheduler: SchedulerName = "ddim"
+    scheduler: SchedulerName = "unipc"
     """Sampling method."""
     guidance_scale: float | None = None
     """Weight of the prompt; the base's own usual value otherwise."""

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -14,9 +15,12 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from controlfill.data.sample import Sample, collate
+from controlfill.data.worlds import HELD_OUT, open_world
 from controlfill.diffusion.condition import Condition
 from controlfill.diffusion.denoiser import ControlDenoiser
 from controlfill.diffusion.sampler import (
+    FIRST_SIGMA,
     Control,
     Denoise,
     Guidance,
@@ -26,8 +30,10 @@ from controlfill.diffusion.sampler import (
     times_between,
 )
 from controlfill.errors import UserError
+from controlfill.inference.generate import generate_batch
 from controlfill.models.bundle import load_bundle
 from controlfill.models.controlnet import make_controlnet
+from controlfill.options import SampleOptions
 
 CPU = torch.device("cpu")
 THEIRS = {
@@ -186,7 +192,6 @@ def test_each_call_gets_a_fresh_scheduler(pipe):
     config = pipe.bundle.scheduler_config
     first, second = (make_scheduler("unipc", config, 4, CPU) for _ in range(2))
     assert first is not second
-    assert not first.config.use_karras_sigmas  # the embedded base has zero terminal SNR
     plain = {k: v for k, v in config.items() if k != "rescale_betas_zero_snr"}
     assert make_scheduler("unipc", plain, 4, CPU).config.use_karras_sigmas
 
@@ -197,3 +202,34 @@ def test_impossible_schedules_are_refused(pipe):
     for steps in (0, 1001):
         with pytest.raises(UserError, match=f"num_inference_steps is {steps}; it lies between"):
             make_scheduler("ddim", pipe.bundle.scheduler_config, steps, CPU)
+
+
+@pytest.mark.parametrize("name", ["unipc", "dpm++2m"])
+def test_karras_sigmas_follow_a_step_from_pure_noise(pipe, name):
+    """The embedded base has zero terminal SNR: sigma 20 is already far from its pure noise."""
+    sigmas = make_scheduler(name, pipe.bundle.scheduler_config, 10, CPU).sigmas
+    assert len(sigmas) == 11
+    assert float(sigmas[0]) > 1000
+    assert float(sigmas[1]) == pytest.approx(FIRST_SIGMA, rel=1e-4)
+    roots = sigmas[1:-1].double() ** (1 / 7)
+    steps = roots.diff()
+    torch.testing.assert_close(steps, steps.mean().expand(8), atol=1e-5, rtol=1e-4)
+    assert len(make_scheduler(name, pipe.bundle.scheduler_config, 1, CPU).timesteps) == 1
+    plain = {**pipe.bundle.scheduler_config, "rescale_betas_zero_snr": False}
+    assert float(make_scheduler(name, plain, 10, CPU).sigmas[0]) < 20
+
+
+def test_the_defaults_come_nearer_to_the_solution_than_twenty_ddim_steps(pipe):
+    """Both from the same noise; 200 steps of DDIM count as the solution."""
+    world, mask = open_world("shapes"), np.full((64, 64), 255, np.uint8)
+    drawn = [world.draw(HELD_OUT + seed) for seed in range(4)]
+    samples = [Sample(image=p.image, mask=mask, prompt=p.truth.caption) for p in drawn]
+    batch = collate(samples, pipe.spec)
+    ways = {
+        "solution": SampleOptions(scheduler="ddim", num_inference_steps=200),
+        "ddim": SampleOptions(scheduler="ddim", num_inference_steps=20),
+        "ours": SampleOptions(),
+    }
+    made = {name: generate_batch(pipe, batch, asked) for name, asked in ways.items()}
+    errors = {n: float((made[n] - made["solution"]).square().mean()) for n in ("ddim", "ours")}
+    assert errors["ours"] < errors["ddim"]
