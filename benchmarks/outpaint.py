@@ -72,6 +72,11 @@ def line_steps(image: np.ndarray, lines: Sequence[int], hole: np.ndarray) -> tup
     return float(np.concatenate(at).mean()), float(np.concatenate(elsewhere).mean())
 
 
+def share(at: float, elsewhere: float) -> float:
+    """Steps at the borders of windows as a share of those elsewhere; 0 where there are none."""
+    return at / elsewhere if elsewhere else 0.0
+
+
 def measure(pictures: Sequence[Any], outputs: Sequence[np.ndarray], pixels: int) -> Result:
     """The figures of one way of growing `pictures`."""
     from controlfill.evaluation.metrics import score, summarize
@@ -87,7 +92,7 @@ def measure(pictures: Sequence[Any], outputs: Sequence[np.ndarray], pixels: int)
         "psnr_mean": found["hole_psnr_mean"],
         "seam": found["seam"],
         "known_max_error": found["known_max_error"],
-        "window_borders": (ours[0] / ours[1]) / (truth[0] / truth[1]),
+        "window_borders": share(*ours) / (share(*truth) or 1.0),
     }
 
 

@@ -85,6 +85,17 @@ def times_between(times: Tensor, start: float, end: float) -> Times:
     )
 
 
+def times_begun_between(times: Tensor, start: float, end: float) -> Times:
+    """Those of a run's `times` whose steps begin between the shares `start` and `end` of all.
+
+    However few steps there are, the first begins at 0. None means all.
+    """
+    if start <= 0 and end >= 1:
+        return None
+    count = len(times)
+    return frozenset(float(t) for i, t in enumerate(times) if start <= i / count < end)
+
+
 def make_scheduler(name: str, config: dict[str, Any], steps: int, device: torch.device) -> Any:
     """A fresh diffusers scheduler for one call, set to `steps` timesteps.
 

@@ -2,7 +2,6 @@
 
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -15,8 +14,6 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from controlfill.data.sample import Sample, collate
-from controlfill.data.worlds import HELD_OUT, open_world
 from controlfill.diffusion.condition import Condition
 from controlfill.diffusion.denoiser import ControlDenoiser
 from controlfill.diffusion.sampler import (
@@ -27,13 +24,12 @@ from controlfill.diffusion.sampler import (
     Known,
     make_scheduler,
     sample,
+    times_begun_between,
     times_between,
 )
 from controlfill.errors import UserError
-from controlfill.inference.generate import generate_batch
 from controlfill.models.bundle import load_bundle
 from controlfill.models.controlnet import make_controlnet
-from controlfill.options import SampleOptions
 
 CPU = torch.device("cpu")
 THEIRS = {
@@ -219,17 +215,10 @@ def test_karras_sigmas_follow_a_step_from_pure_noise(pipe, name):
     assert float(make_scheduler(name, plain, 10, CPU).sigmas[0]) < 20
 
 
-def test_the_defaults_come_nearer_to_the_solution_than_twenty_ddim_steps(pipe):
-    """Both from the same noise; 200 steps of DDIM count as the solution."""
-    world, mask = open_world("shapes"), np.full((64, 64), 255, np.uint8)
-    drawn = [world.draw(HELD_OUT + seed) for seed in range(4)]
-    samples = [Sample(image=p.image, mask=mask, prompt=p.truth.caption) for p in drawn]
-    batch = collate(samples, pipe.spec)
-    ways = {
-        "solution": SampleOptions(scheduler="ddim", num_inference_steps=200),
-        "ddim": SampleOptions(scheduler="ddim", num_inference_steps=20),
-        "ours": SampleOptions(),
-    }
-    made = {name: generate_batch(pipe, batch, asked) for name, asked in ways.items()}
-    errors = {n: float((made[n] - made["solution"]).square().mean()) for n in ("ddim", "ours")}
-    assert errors["ours"] < errors["ddim"]
+def test_guidance_spares_only_steps_that_begin_late():
+    times = torch.arange(10).flip(0)
+    assert times_begun_between(times, 0, 1) is None
+    assert times_begun_between(times, 0, 0.9) == set(map(float, range(1, 10)))
+    assert times_begun_between(times, 0.2, 0.5) == {7.0, 6.0, 5.0}
+    assert times_begun_between(times[:1], 0, 0.9) == {9.0}
+    assert times_begun_between(times, 0, 0) == frozenset()

@@ -76,7 +76,13 @@ def test_it_paints_what_diffusers_paints(inpaint_base, control, with_control, st
     )
     batch = collate([Sample(image=image, mask=mask, prompt="a red cat")], ours.spec)
     asked = SampleOptions(
-        prompt="a red cat", num_inference_steps=5, guidance_scale=5.0, seed=3, strength=strength
+        prompt="a red cat",
+        num_inference_steps=5,
+        guidance_scale=5.0,
+        seed=3,
+        strength=strength,
+        guidance_end=1.0,
+        scheduler="ddim",
     )
     made = generate_batch(ours, batch, asked)
     bundle = ours.bundle
