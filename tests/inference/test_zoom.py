@@ -57,6 +57,8 @@ def test_motion_is_even():
     assert np.abs(a - b).mean() < 3
 
 
+# imageio-ffmpeg leaves the pipes of its ended processes to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_command_writes_a_film_and_its_pictures(pipe, photo, tmp_path, capsys, monkeypatch):
     import imageio_ffmpeg
 

@@ -61,7 +61,7 @@ def test_training_with_a_cache_calls_no_encoder_and_learns_the_same(run, asked, 
     plain = replace(run, crop="center", random_flip=False)
     losses = finish(plain)
     monkeypatch.setattr(Bundle, "encode_moments", lambda *_: pytest.fail("the VAE was asked"))
-    monkeypatch.setattr(Text, "_encode", lambda *_: pytest.fail("the text encoder was asked"))
+    monkeypatch.setattr(Text, "encode_anew", lambda *_: pytest.fail("the text encoder was asked"))
     cached = replace(plain, cache_dir=asked.cache_dir, output_dir=run.output_dir / "cached")
     # Batches of two and of three leave the VAE with other last bits.
     np.testing.assert_allclose(finish(cached), losses, rtol=1e-3)
