@@ -11,6 +11,7 @@ and time of ever larger canvases, each in a fresh process.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import tempfile
 import time
@@ -85,14 +86,20 @@ def make_batch(pipeline: Any, size: int, count: int = 1) -> Any:
 
 def their_picture(pipeline: Any, batch: Any, steps: int) -> Callable[[], Any]:
     """diffusers' pipeline with DDIM on the same networks, hint and noise, as we would guide it."""
+    import torch
     from diffusers import DDIMScheduler, StableDiffusionControlNetInpaintPipeline
 
     from controlfill.diffusion.tiles import draw_noise
 
     bundle, count = pipeline.bundle, len(batch.prompts)
+    vae, unet, network = (
+        # As diffusers itself lays weights out.
+        copy.deepcopy(part).to(memory_format=torch.contiguous_format)
+        for part in (bundle.vae, bundle.unet, pipeline.network)
+    )
     theirs: Any = StableDiffusionControlNetInpaintPipeline(
-        vae=bundle.vae, text_encoder=bundle.text.encoder, tokenizer=bundle.text.tokenizer,
-        unet=bundle.unet, controlnet=pipeline.network, safety_checker=None, feature_extractor=None,
+        vae=vae, text_encoder=bundle.text.encoder, tokenizer=bundle.text.tokenizer,
+        unet=unet, controlnet=network, safety_checker=None, feature_extractor=None,
         scheduler=DDIMScheduler.from_config(bundle.scheduler_config), requires_safety_checker=False,
     )  # fmt: skip
     theirs.set_progress_bar_config(disable=True)

@@ -96,29 +96,19 @@ def measure(pictures: Sequence[Any], outputs: Sequence[np.ndarray], pixels: int)
     }
 
 
-def grow(pictures: Sequence[Any], order: str, options: argparse.Namespace) -> list[np.ndarray]:
-    """What controlfill makes of `pictures`."""
+def grow(pictures: Sequence[Any], options: argparse.Namespace, **way: Any) -> list[np.ndarray]:
+    """What controlfill makes of `pictures` in one `way`."""
     import controlfill
 
     pipeline = controlfill.load(device=options.device)
     sides = dict.fromkeys(("left", "right", "top", "bottom"), options.pixels)
     return [
         pipeline.outpaint(
-            inside(picture.image, options.pixels), picture.truth.scenery, window_order=order,
-            window_size=WINDOW, seed=options.seed + number,
-            num_inference_steps=options.steps, **sides,
+            inside(picture.image, options.pixels), picture.truth.scenery, window_size=WINDOW,
+            seed=options.seed + number, num_inference_steps=options.steps, **sides, **way,
         ).image
         for number, picture in enumerate(pictures)
     ]  # fmt: skip
-
-
-def fill(picture: Any, name: str, pixels: int) -> np.ndarray:
-    """What a classical fill makes of a picture."""
-    from controlfill.inference.fill import fill_with
-
-    mask = np.pad(np.zeros((SIDE, SIDE), np.uint8), pixels, constant_values=255)
-    known = np.pad(inside(picture.image, pixels), ((pixels, pixels), (pixels, pixels), (0, 0)))
-    return fill_with(name, known, mask)
 
 
 def compare(options: argparse.Namespace) -> tuple[Result, list[str]]:
@@ -132,10 +122,10 @@ def compare(options: argparse.Namespace) -> tuple[Result, list[str]]:
         ways: dict[str, list[np.ndarray]] = {}
         for order in options.orders:
             before = time.perf_counter()
-            ways[order] = grow(pictures, order, options)
+            ways[order] = grow(pictures, options, window_order=order)
             lines.append(f"  ({order}: {time.perf_counter() - before:.0f} s)")
         for name in CLASSICAL:
-            ways[name] = [fill(picture, name, options.pixels) for picture in pictures]
+            ways[name] = grow(pictures, options, strength=0.0, fill=name)
         figures[kind] = {n: measure(pictures, made, options.pixels) for n, made in ways.items()}
         for name, found in figures[kind].items():
             lines.append(
@@ -161,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pixels", type=int, default=64, help="added on each side")
     parser.add_argument("--pictures", type=int, default=12, help="of each kind of ground")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     parser.add_argument("--device", default="auto")

@@ -152,6 +152,13 @@ def make_networks(name: str, device: str) -> Networks:
     return Networks(family=family, unet=unet, vae=vae, control=control.train())
 
 
+@torch.no_grad()
+def perturb(network: nn.Module) -> None:
+    """A little noise on all weights, so that zero layers say something."""
+    for parameter in network.parameters():
+        parameter.add_(0.01 * torch.randn_like(parameter))
+
+
 def make_batch(family: Family, count: int, device: str) -> Any:
     """A random batch of ours."""
     from controlfill.data.sample import Batch

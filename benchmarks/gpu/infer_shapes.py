@@ -22,9 +22,19 @@ from torch import Tensor, nn
 
 from benchmarks import common, shapes
 from benchmarks.common import Result
-from benchmarks.gpu.train_shapes import free, synchronize
+from benchmarks.gpu.device import (
+    WARM,
+    add_options,
+    free,
+    name_of,
+    peak_gib,
+    pick,
+    report,
+    timed,
+)
 from controlfill.diffusion.condition import Condition
 from controlfill.diffusion.denoiser import ControlDenoiser
+from controlfill.diffusion.reuse import embed_hint, share_halves
 from controlfill.diffusion.sampler import Denoise, Guidance
 
 SCALE = 7.5
@@ -57,14 +67,14 @@ def stock(networks: shapes.Networks, text: Tensor, hint: Tensor) -> Step:
 
 def ours(networks: shapes.Networks, text: Tensor, hint: Tensor, mode: str | None) -> Step:
     """A step of controlfill's sampler, its networks compiled if a `mode` is given."""
-    unet = networks.told(networks.unet)
-    if mode is not None:
-        unet = compiled(unet, mode)
+    unet, control = networks.told(networks.unet), networks.control
     condition = Condition(text=text, hint=hint)
     guidance = Guidance(scale=SCALE, without=torch.zeros_like(text))
-    denoise = Denoise(ControlDenoiser(unet), networks.control, condition, guidance)
+    denoise = Denoise(ControlDenoiser(unet), control, condition, guidance)
     if mode is not None:
-        denoise.network = compiled(denoise.network, mode)
+        # Without remembered keys and values: CUDA graphs would write over them.
+        unet, control = (share_halves(part) for part in (unet, embed_hint(control, condition)[0]))
+        denoise.twice = (ControlDenoiser(compiled(unet, mode)), compiled(control, mode))
     return denoise
 
 
@@ -101,29 +111,17 @@ def measure(networks: shapes.Networks, batch: int, side: str, steps: int) -> tup
     step, latents = make_step(networks, batch, side)
     t = torch.tensor(500, device=latents.device)
     predicted = step(latents, t).clone()
-    for _ in range(3):
-        step(latents, t)
-    synchronize(device)
-    took = []
-    for _ in range(steps):
-        before = time.perf_counter()
-        step(latents, t)
-        synchronize(device)
-        took.append(time.perf_counter() - before)
-    on_gpu = networks.unet.device.type == "cuda"
-    memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+    took = list(timed((step(latents, t) for _ in range(WARM + steps)), device))[WARM:]
     rate = 1 / common.spread(took)["median"]
     found = {"steps_per_second": rate, "images_steps_per_second": batch * rate}
-    return {**found, "memory_gib": memory}, predicted
+    return {**found, "memory_gib": peak_gib(device)}, predicted
 
 
 def make_networks(family: str, device: str, dtype: torch.dtype) -> shapes.Networks:
     """All networks frozen and in `dtype`; the ControlNet says something."""
     networks = shapes.make_networks(family, device)
     torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in networks.control.parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))
+    shapes.perturb(networks.control)
     for part in (networks.unet, networks.control):
         nn.Module.to(part.eval().requires_grad_(False), dtype=dtype)
     networks.vae = networks.vae.to("cpu")
@@ -134,26 +132,17 @@ def parse() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("family", choices=["sd15"])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    add_options(parser, [1, 8], 30)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=480, help="start no further case after it")
-    parser.add_argument("--tiny", action="store_true", help="narrow networks, here")
-    common.add_output(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     """Check, time, report; what was found so far is reported when time is up."""
     options, began = parse(), time.perf_counter()
-    device = "cuda" if torch.cuda.is_available() and not options.tiny else "cpu"
-    if device == "cpu" and not options.tiny:
-        raise SystemExit("no GPU here; --tiny runs the same code on narrow networks")
+    device, family = pick(options)
     dtype = torch.float32 if options.tiny else torch.bfloat16
-    networks = make_networks(
-        f"{options.family}-tiny" if options.tiny else options.family, device, dtype
-    )
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU, narrow networks"
+    networks, name = make_networks(family, device, dtype), name_of(device)
     lines = [f"{options.family} on {name}, {dtype}, guidance, steps per second:"]
     figures: Result = {"device": name, "cases": []}
     for batch in options.batches:
@@ -174,8 +163,7 @@ def main() -> None:
                 f"{found['memory_gib']:6.1f} GiB  {verdict}"
             )
             print(lines[-1], file=sys.stderr, flush=True)
-    tag = f"{options.family}_{'tiny' if options.tiny else 'gpu'}"
-    common.report(f"infer_shapes_{tag}", figures, lines, options.output)
+    report(f"infer_shapes_{options.family}", figures, lines, options)
 
 
 if __name__ == "__main__":

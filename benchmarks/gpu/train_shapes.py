@@ -13,7 +13,6 @@ on the device already: reading them is another benchmark.
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,16 @@ from torch import Tensor, nn
 
 from benchmarks import common, guard, shapes
 from benchmarks.common import Result
+from benchmarks.gpu.device import (
+    WARM,
+    add_options,
+    free,
+    name_of,
+    peak_gib,
+    pick,
+    report,
+    timed,
+)
 from controlfill.data.hints import open_spec
 from controlfill.diffusion.objective import Objective, step_rng
 from controlfill.options import TrainOptions
@@ -37,7 +46,6 @@ WORK = {"sd15": (2.265, 1.117), "sdxl": (20.02, 4.879)}
 # Dense bf16 TFLOP/s that data sheets promise, by a part of the device's name.
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40": 181.0, "4090": 165.0}
 DTYPE = torch.bfloat16
-WARM = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,20 +115,6 @@ def with_latents(networks: shapes.Networks, batch: Any) -> Any:
     return replace(batch, moments=torch.stack([known.mean, known.std], dim=1).float())
 
 
-def synchronize(device: str) -> None:
-    """Wait until the device has done its work."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-
-
-def free(device: str) -> None:
-    """Give memory back, and count its peak anew."""
-    gc.collect()
-    if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
 def measure(case: Case) -> Result:
     """Pictures per second, memory and share of the peak, or that memory was too little."""
     networks = shapes.make_networks(case.family, case.device)
@@ -141,24 +135,13 @@ def measure(case: Case) -> Result:
     return summarise(case, took[min(WARM, len(took) - 1) :])
 
 
-def timed(steps: Iterator[Tensor], device: str) -> Iterator[float]:
-    """Seconds of each step, the first with its start."""
-    before = time.perf_counter()
-    for _ in steps:
-        synchronize(device)
-        now = time.perf_counter()
-        yield now - before
-        before = now
-
-
 def summarise(case: Case, took: list[float]) -> Result:
     """The figures of one case."""
     middle = common.spread(took)
     rate = case.batch / middle["median"]
-    on_gpu = torch.device(case.device).type == "cuda"
-    memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+    memory = peak_gib(case.device)
     found = {"seconds": middle, "images_per_second": rate, "memory_gib": memory}
-    name = torch.cuda.get_device_name() if on_gpu else ""
+    name = name_of(case.device)
     peak = next((v for k, v in PEAKS.items() if k in name), None)
     if peak and case.family in WORK:
         step, encode = WORK[case.family]
@@ -171,9 +154,7 @@ def check_equal(family: str, device: str) -> Result:
     """Our loss and gradient against the stock formula's, in float32 on one picture."""
     networks = shapes.make_networks(family, device)
     control = networks.told(networks.control)
-    with torch.no_grad():
-        for parameter in control.parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))
+    shapes.perturb(control)
     bundle, batch = networks.bundle(), shapes.make_batch(networks.family, 1, device)
     draws: list[Tensor] = []
     with guard.recorded(draws):
@@ -202,25 +183,18 @@ def parse() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("family", choices=["sd15", "sdxl"])
-    parser.add_argument("--batches", type=int, nargs="+", default=[4, 16, 32])
-    parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=480, help="start no further case after it")
-    parser.add_argument("--tiny", action="store_true", help="narrow networks, here")
+    add_options(parser, [4, 16, 32], 15)
     parser.add_argument("--allow_tf32", action="store_true")
-    common.add_output(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     """Check, time, report; what was found so far is reported when time is up."""
     options, began = parse(), time.perf_counter()
-    device = "cuda" if torch.cuda.is_available() and not options.tiny else "cpu"
-    if device == "cpu" and not options.tiny:
-        raise SystemExit("no GPU here; --tiny runs the same code on narrow networks")
+    device, family = pick(options)
     torch.backends.cuda.matmul.allow_tf32 = options.allow_tf32
-    family = f"{options.family}-tiny" if options.tiny else options.family
     equal = check_equal(family, device)
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU, narrow networks"
+    name = name_of(device)
     verdict = "" if equal["equal"] else ": NOT EQUAL, ALL RATIOS BELOW ARE VOID"
     lines = [f"{options.family} on {name}, bf16; loss differs by {equal['loss_error']:.1e}, "
              f"gradient by {equal['gradient_error']:.1e}{verdict}"]  # fmt: skip
@@ -238,8 +212,7 @@ def main() -> None:
             figures["cases"].append({"batch": batch, "side": side, **found})
             lines.append(line_of(case, found, stock))
             print(lines[-1], file=sys.stderr, flush=True)
-    tag = f"{options.family}_{'tiny' if options.tiny else 'gpu'}"
-    common.report(f"train_shapes_{tag}", figures, lines, options.output)
+    report(f"train_shapes_{options.family}", figures, lines, options)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -28,23 +28,22 @@ class Condition:
 
     def doubled(self, without: Tensor) -> Condition:
         """The condition of classifier-free guidance: `without` prompt first, then this one."""
-        twice = self._each(lambda tensor: torch.cat([tensor] * 2))
-        return replace(twice, text=torch.cat([without, self.text]))
+        return self._each(torch.cat([without, self.text]), lambda tensor: torch.cat([tensor] * 2))
 
     def last(self, count: int) -> Condition:
         """That of the last `count` samples."""
-        return self._each(lambda tensor: tensor[-count:])
+        return self._each(self.text[-count:], lambda tensor: tensor[-count:])
 
     def part(self, windows: Windows, places: Sequence[Place]) -> Condition:
         """The condition of the windows at `places`, which count in latent cells."""
         cells = windows.canvas[1]
         text = self.text.repeat(len(places), 1, 1)
-        return self._each(lambda t: windows.stack(t, places, t.shape[-1] // cells), text)
+        return self._each(text, lambda t: windows.stack(t, places, t.shape[-1] // cells))
 
-    def _each(self, change: Callable[[Tensor], Tensor], text: Tensor | None = None) -> Condition:
-        """The same with `change` made to every part, or with another `text`."""
+    def _each(self, text: Tensor, change: Callable[[Tensor], Tensor]) -> Condition:
+        """Another `text`, and `change` made to every picture of the condition."""
         return Condition(
-            text=change(self.text) if text is None else text,
+            text=text,
             hint=change(self.hint),
             masked=None if self.masked is None else change(self.masked),
         )
@@ -108,7 +107,7 @@ def masked_latents(bundle: Bundle, batch: Batch) -> Tensor:
     As in diffusers' pipelines and in its training: the picture's hole is mid-grey, and a cell is
     open if its first pixel is.
     """
-    latents = encode_tiled(bundle, (batch.image * 2 - 1) * (batch.mask < 0.5))
+    latents = encode_tiled(bundle, blanked_image(batch.image, batch.mask))
     mask = F.interpolate(batch.mask, latents.shape[-2:]).to(latents)
     return torch.cat([mask, latents], dim=1)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,7 +41,8 @@ class ControlDenoiser:
             down, middle = network(
                 noisy[spared:],
                 timesteps,
-                encoder_hidden_states=condition.text[spared:],
+                # Not a new tensor at every step: keys and values of the text are remembered.
+                encoder_hidden_states=condition.text[spared:] if spared else condition.text,
                 controlnet_cond=condition.hint[spared:].to(noisy.dtype),
                 conditioning_scale=scale,
                 return_dict=False,
@@ -71,16 +70,3 @@ def _spare(residual: Tensor, count: int) -> Tensor:
         if count
         else residual
     )
-
-
-def embed_hint(network: nn.Module, condition: Condition) -> tuple[nn.Module, Condition]:
-    """The ControlNet and the condition of a whole run, in which the hint is embedded only once.
-
-    It is the same at every step, and its embedding works at the full size of the picture. The
-    network that comes back shares all weights with `network`, which is left as it was.
-    """
-    embedding = network.get_submodule("controlnet_cond_embedding")
-    light = copy.copy(network)
-    light._modules = {**network._modules, "controlnet_cond_embedding": nn.Identity()}
-    weight = next(embedding.parameters())
-    return light, replace(condition, hint=embedding(condition.hint.to(weight.dtype)))

@@ -18,7 +18,8 @@ from diffusers import (
 from torch import Tensor, nn
 
 from controlfill.diffusion.condition import Condition
-from controlfill.diffusion.denoiser import ControlDenoiser, embed_hint
+from controlfill.diffusion.denoiser import ControlDenoiser
+from controlfill.diffusion.reuse import embed_hint, remember_text, share_halves
 from controlfill.errors import UserError
 
 
@@ -72,28 +73,20 @@ class Control:
     prompted_only: bool = False
 
 
-def times_between(times: Tensor, start: float, end: float) -> Times:
-    """Those of a run's `times` that lie wholly between the shares `start` and `end` of its steps.
+def times_between(times: Tensor, start: float, end: float, wholly: bool = True) -> Times:
+    """Those of a run's `times` whose steps lie between the shares `start` and `end` of all.
 
-    The rule of diffusers' control_guidance_start and control_guidance_end; None means all.
+    `wholly`, as diffusers' control_guidance_start and control_guidance_end mean it, or with their
+    beginning, so that the first does however few there are. None means all.
     """
     if start <= 0 and end >= 1:
         return None
-    count = len(times)
+    count, last = len(times), 1 if wholly else 0
     return frozenset(
-        float(t) for i, t in enumerate(times) if i / count >= start and (i + 1) / count <= end
+        float(t)
+        for i, t in enumerate(times)
+        if i / count >= start and (i + last) / count <= end and i / count < end
     )
-
-
-def times_begun_between(times: Tensor, start: float, end: float) -> Times:
-    """Those of a run's `times` whose steps begin between the shares `start` and `end` of all.
-
-    However few steps there are, the first begins at 0. None means all.
-    """
-    if start <= 0 and end >= 1:
-        return None
-    count = len(times)
-    return frozenset(float(t) for i, t in enumerate(times) if start <= i / count < end)
 
 
 def make_scheduler(name: str, config: dict[str, Any], steps: int, device: torch.device) -> Any:
@@ -177,22 +170,26 @@ class Denoise:
         guidance: Guidance | None = None,
         control: Control = Control(),
     ) -> None:
-        whole = condition.doubled(guidance.without) if guidance else condition
         if network is not None and control.scale:
-            network, whole = embed_hint(network, whole)
-        self.denoiser, self.network = denoiser, network
+            network, condition = embed_hint(remember_text(network), condition)
+        whole = condition.doubled(guidance.without) if guidance else condition
+        unet = remember_text(denoiser.unet)
         self.guidance, self.control = guidance, control
         self.whole, self.prompted = whole, whole.last(len(condition.text))
+        self.alone = (ControlDenoiser(unet), network)
+        self.twice = (ControlDenoiser(share_halves(unet)), network)
+        if network is not None and not control.prompted_only:
+            self.twice = (self.twice[0], share_halves(network))
 
     def __call__(self, latents: Tensor, t: Tensor) -> Tensor:
         """The prediction for `latents` at the single timestep `t`."""
         scale = self.control.scale if _among(t, self.control.times) else 0.0
         if self.guidance is None or not _among(t, self.guidance.times):
-            return self.denoiser(self.network, latents, t, self.prompted, scale)
+            denoiser, network = self.alone
+            return denoiser(network, latents, t, self.prompted, scale)
+        denoiser, network = self.twice
         spared = len(latents) if self.control.prompted_only else 0
-        prediction = self.denoiser(
-            self.network, torch.cat([latents] * 2), t, self.whole, scale, spared
-        )
+        prediction = denoiser(network, torch.cat([latents] * 2), t, self.whole, scale, spared)
         without, with_ = prediction.chunk(2)
         return without + self.guidance.scale * (with_ - without)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from controlfill.models.bundle import Bundle
 Place = tuple[int, int]
 Predict = Callable[[Tensor, Tensor], Tensor]
 Size = tuple[int, int]
+Cells = TypeVar("Cells", Tensor, np.ndarray)
 # Side of the blocks of cells that share a seed: another number would be other noise.
 BLOCK = 32
 # Batches of windows whose denoisers, with their embedded hints, are kept from step to step.
@@ -62,7 +64,11 @@ class Windows:
         down, right = (ramp(side, self.overlap) for side in self.size)
         return down[:, None] * right
 
-    def part(self, canvas: Tensor, place: Place, scale: int = 1) -> Tensor:
+    def seeing(self, open_: Cells) -> list[Place]:
+        """The places of those windows in which something of `open_` (H, W) is above 0."""
+        return [place for place in self.places() if self.part(open_, place).any()]
+
+    def part(self, canvas: Cells, place: Place, scale: int = 1) -> Cells:
         """The window at `place` of (..., H, W), a view; `scale` elements make one unit."""
         (top, left), (height, width) = (
             tuple(scale * n for n in pair) for pair in (place, self.size)
@@ -114,7 +120,7 @@ class TiledDenoise:
         batch: int,
     ) -> None:
         self.part, self.windows = part, windows
-        places = [p for p in windows.places() if bool(windows.part(open_, p).any())]
+        places = windows.seeing(open_)
         self.batches = [places[i : i + batch] for i in range(0, len(places), batch)]
         few = len(self.batches) <= KEPT
         self.kept = {i: part(places) for i, places in enumerate(self.batches) if few}

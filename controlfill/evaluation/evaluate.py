@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,15 +18,13 @@ from controlfill.images import to_uint8
 from controlfill.inference.fill import check_fills, fill_with
 from controlfill.inference.generate import generate_batch, guidance_scale
 from controlfill.inference.holes import finish
-from controlfill.inference.pipeline import Pipeline
+from controlfill.inference.pipeline import Pipeline, Report
 from controlfill.options import EvaluateOptions, SampleOptions
 
 OURS = "controlfill"
 # Pictures kept for the report, and where the judged objects start among the held-out seeds.
 SHOWN = 16
 OBJECTS_FROM = 500_000
-# Told what is being done, how much of it is done, and how much there is.
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,10 @@ from controlfill.errors import UserError
 from controlfill.images import as_photo, find_masks, find_pictures, save_image
 from controlfill.inference.complete import Result, inpaint
 from controlfill.inference.outpaint import outpaint, wants_more
-from controlfill.inference.pipeline import Pipeline
+from controlfill.inference.pipeline import Pipeline, Report
 from controlfill.options import BatchOptions, ChangeOptions, check_numbers, check_values
 
 MANIFEST = "manifest.jsonl"
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,7 +85,7 @@ def inpaint(
     boxes = choose_boxes(hole, pipeline.bundle.native_size, options)
     made = photo.rgb.copy()
     for number, box in enumerate(boxes):
-        told = _of_many(progress, number, len(boxes))
+        told = of_many(progress, number, len(boxes))
         box.of(made)[:] = complete(pipeline, box.of(made), box.of(hole), options, told)
     return make_result(pipeline, photo, hole, made, options)
 
@@ -99,7 +99,7 @@ def check_fills(pipeline: Pipeline) -> None:
         )
 
 
-def _of_many(progress: Progress | None, number: int, count: int) -> Progress | None:
+def of_many(progress: Progress | None, number: int, count: int) -> Progress | None:
     """`progress` of the part `number` of `count` equal ones."""
     if progress is None:
         return None
@@ -229,7 +229,7 @@ def _generate_in_turn(
             origin=(canvas.origin[0] + box.top // factor, canvas.origin[1] + box.left // factor),
             soft=None if soft is None else box.of(soft),
         )
-        told = _of_many(progress, number, len(boxes))
+        told = of_many(progress, number, len(boxes))
         made = _generate_whole(pipeline, part, alone, told, here)
         box.of(image)[:] = finish(made, box.of(image), box.of(hole), alone, factor)
         for plane in (hole, soft):

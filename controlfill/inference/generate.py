@@ -21,7 +21,6 @@ from controlfill.diffusion.sampler import (
     Start,
     make_scheduler,
     sample,
-    times_begun_between,
     times_between,
 )
 from controlfill.diffusion.tiles import (
@@ -164,7 +163,7 @@ def make_guidance(
 ) -> Guidance | None:
     """Guidance of `count` pictures as `options` ask; None where it would change nothing."""
     scale = guidance_scale(pipeline, options)
-    during = times_begun_between(times, options.guidance_start, options.guidance_end)
+    during = times_between(times, options.guidance_start, options.guidance_end, wholly=False)
     if scale == 1 or during == frozenset():
         return None
     negative = pipeline.bundle.text.encode([options.negative_prompt] * count)

@@ -16,24 +16,22 @@ def outward(hole: np.ndarray, windows: Windows) -> Iterator[Place]:
     Of equals the one that knew most at the beginning, so a picture grows on all sides alike.
     """
     places = windows_around(hole, windows)
-    left = hole.copy()
-    at_first = np.array([_open(left, windows, place) for place in places])
+    corners, left = np.array(places), hole.copy()
+    at_first = np.array([np.count_nonzero(windows.part(left, place)) for place in places])
     open_ = at_first.copy()
     while open_.any():
         waiting = np.flatnonzero(open_)
         best = waiting[np.lexsort((at_first[waiting], open_[waiting]))[0]]
         yield places[best]
-        _part(left, windows, places[best])[:] = False
-        apart = np.abs(np.array(places) - places[best])
+        windows.part(left, places[best])[:] = False
+        apart = np.abs(corners - corners[best])
         for number in np.flatnonzero((apart < windows.size).all(axis=1)):
-            open_[number] = _open(left, windows, places[number])
+            open_[number] = np.count_nonzero(windows.part(left, places[number]))
 
 
 def by_rows(hole: np.ndarray, windows: Windows) -> Iterator[Place]:
     """The windows that see a `hole` (H, W), bool, row by row, as glid-3-xl-stable has them."""
-    for place in windows.places():
-        if _open(hole, windows, place):
-            yield place
+    yield from windows.seeing(hole)
 
 
 def windows_around(hole: np.ndarray, windows: Windows) -> list[Place]:
@@ -61,15 +59,6 @@ def places_along(length: int, window: int, overlap: int, known: tuple[int, int])
     before = range(inner[0] - stride, -stride, -stride)
     after = range(inner[-1] + stride, end + stride, stride)
     return sorted({*inner, *(max(0, at) for at in before), *(min(end, at) for at in after)})
-
-
-def _part(plane: np.ndarray, windows: Windows, place: Place) -> np.ndarray:
-    (top, left), (height, width) = place, windows.size
-    return plane[top : top + height, left : left + width]
-
-
-def _open(hole: np.ndarray, windows: Windows, place: Place) -> int:
-    return int(np.count_nonzero(_part(hole, windows, place)))
 
 
 ORDERS = {"outward": outward, "rows": by_rows}

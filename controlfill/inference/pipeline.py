@@ -35,6 +35,8 @@ HOLE_SPEC = open_spec("masked-image")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Told (steps done, steps in all); returns False to stop.
 Progress = Callable[[int, int], bool | None]
+# Told (what is being done, how much of it is done, how much there is).
+Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +135,15 @@ def load(
     else:
         bundle, network, spec = load_pair(base, find_controlnet(control), conditioning)
     place, dtype = pick_device(device), DTYPES[mixed_precision]
+    bundle.to(place, dtype)
     if network is not None:
         torch.nn.Module.to(network.eval().requires_grad_(False), device=place, dtype=dtype)
+    if place.type == "cpu":
+        # Convolutions of narrow networks take up to an eighth less time so.
+        for part in filter(None, (bundle.unet, bundle.vae, network)):
+            torch.nn.Module.to(part, memory_format=torch.channels_last)
     bundle.text.cache = Recent(bundle.text)
-    return Pipeline(bundle=bundle.to(place, dtype), network=network, spec=spec, control=control)
+    return Pipeline(bundle=bundle, network=network, spec=spec, control=control)
 
 
 def load_pair(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,15 @@ import numpy as np
 from controlfill.errors import UserError
 from controlfill.files import whole_file
 from controlfill.images import Photo, as_photo, resize
-from controlfill.inference.complete import Result
+from controlfill.inference.complete import Result, of_many
 from controlfill.inference.outpaint import outpaint
-from controlfill.inference.pipeline import Pipeline, Progress
-from controlfill.options import GrowOptions, SampleOptions, ZoomOptions
+from controlfill.inference.pipeline import Pipeline, Progress, Report
+from controlfill.options import GrowOptions, SampleOptions, ZoomOptions, shared_values
 
 # Frames are composed at so many times their size, so that nothing flickers when it shrinks.
 FINER = 2
 # Share of a picture over which it fades into the next, which shows the same there.
 FADE = 0.15
-Report = Callable[[str, int, int], None]
 
 
 def zoom(pipeline: Pipeline, image: Any, options: ZoomOptions, report: Report) -> list[Result]:
@@ -35,10 +35,7 @@ def zoom(pipeline: Pipeline, image: Any, options: ZoomOptions, report: Report) -
     results: list[Result] = []
     keys = [photo.rgb]
     for number in range(options.num_zooms):
-
-        def told(done: int, total: int, number: int = number) -> None:
-            report("pictures", number * total + done, options.num_zooms * total)
-
+        told = of_many(partial(report, "pictures"), number, options.num_zooms)
         results.append(grow_once(pipeline, keys[-1], options, number, told))
         results[-1].save(options.output_dir, f"zoom_{number + 1:02}.png")
         keys.append(results[-1].image)
@@ -47,7 +44,7 @@ def zoom(pipeline: Pipeline, image: Any, options: ZoomOptions, report: Report) -
     times = times[::-1] if options.zoom_in else times
     frames = (frame_at(keys, float(at), options.zoom_factor) for at in times)
     write_video(
-        options.out, frames, photo.size, options.fps, lambda n: report("frames", n, len(times))
+        options.out, frames, photo.size, options.fps, lambda n: report("frames", n, count + 1)
     )
     return results
 
@@ -61,13 +58,16 @@ def even(photo: Photo) -> Photo:
 
 
 def grow_once(
-    pipeline: Pipeline, image: np.ndarray, options: ZoomOptions, number: int, progress: Progress
+    pipeline: Pipeline,
+    image: np.ndarray,
+    options: ZoomOptions,
+    number: int,
+    progress: Progress | None,
 ) -> Result:
     """`image` made smaller by the zoom factor, with new surroundings up to its own size."""
     height, width = image.shape[:2]
     small = resize(image, inner_size((height, width), options.zoom_factor))
-    shared = {field.name: getattr(options, field.name) for field in fields(SampleOptions)}
-    asked = GrowOptions(**shared, to=f"{width}x{height}")
+    asked = GrowOptions(**shared_values(options, SampleOptions), to=f"{width}x{height}")
     # Each ring has noise of its own, or all would look the same.
     return outpaint(pipeline, small, replace(asked, seed=options.seed + number), progress)
 

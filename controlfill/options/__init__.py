@@ -16,6 +16,7 @@ from controlfill.options.base import (
     check_values,
     field_types,
     read_size,
+    shared_values,
 )
 from controlfill.options.data import DataOptions, MaskOptions, PreviewOptions
 from controlfill.options.filling import (
@@ -49,5 +50,5 @@ __all__ = [
     "InferOptions", "InpaintOptions", "LightningOptions", "MaskOptions", "Options",
     "OutpaintOptions", "Precision", "PrepareShardsOptions", "PrepareTableOptions",
     "PreviewOptions", "SampleOptions", "TrainOptions", "ZoomOptions", "check_numbers",
-    "check_values", "field_types", "read_size",
+    "check_values", "field_types", "read_size", "shared_values",
 ]  # fmt: skip

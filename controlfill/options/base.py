@@ -67,6 +67,11 @@ class Options:
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
 
 
+def shared_values(options: Options, cls: type[Options]) -> dict[str, Any]:
+    """The values of all options of `cls`, which `options` have too, by name."""
+    return {f.name: getattr(options, f.name) for f in fields(cls)}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ from controlfill.options.base import (
     SchedulerName,
     SpecName,
     WindowOrder,
+    shared_values,
 )
 from controlfill.options.data import DataOptions
 
@@ -236,7 +237,7 @@ class InferOptions(FillOptions):
 
     def as_inpaint(self) -> InpaintOptions:
         """The same request in the words of `controlfill inpaint`."""
-        shared = {f.name: getattr(self, f.name) for f in fields(FillOptions)}
+        shared = shared_values(self, FillOptions)
         return InpaintOptions(
             image=self.input_image,
             mask=self.input_mask,

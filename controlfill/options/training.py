@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from controlfill.options.base import SD15, Device, Precision, SpecName
+from controlfill.options.base import SD15, Device, Precision, SpecName, shared_values
 from controlfill.options.data import DataOptions
 
 
@@ -149,7 +149,7 @@ class LightningOptions(ControlOptions):
 
     def as_train(self) -> TrainOptions:
         """The same run in the words of the other engine, which all shared code speaks."""
-        shared = {f.name: getattr(self, f.name) for f in fields(ControlOptions)}
+        shared = shared_values(self, ControlOptions)
         return TrainOptions(
             **shared,
             gradient_accumulation_steps=self.accumulate_grad_batches,

@@ -1,6 +1,6 @@
 """Seven lines of sampling equal diffusers' pipelines, and known latents stay known."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -11,11 +11,13 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     StableDiffusionControlNetPipeline,
+    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
 
 from controlfill.diffusion.condition import Condition
 from controlfill.diffusion.denoiser import ControlDenoiser
+from controlfill.diffusion.reuse import share_halves, textless
 from controlfill.diffusion.sampler import (
     FIRST_SIGMA,
     Control,
@@ -24,7 +26,6 @@ from controlfill.diffusion.sampler import (
     Known,
     make_scheduler,
     sample,
-    times_begun_between,
     times_between,
 )
 from controlfill.errors import UserError
@@ -144,8 +145,46 @@ def test_the_hint_is_embedded_once_and_the_network_left_alone(narrow):
         denoise = Denoise(ControlDenoiser(bundle.unet), network, condition, guidance)
         for t in (900, 500, 100):
             denoise(torch.zeros(1, 4, 8, 8), torch.tensor(t))
-    assert seen == [2]  # one for each side of guidance
+    assert seen == [1]
     assert network.controlnet_cond_embedding is embedding
+
+
+def test_what_does_not_change_is_computed_once(narrow):
+    bundle, network = narrow
+    condition = Condition(text=bundle.text.encode(["a"]), hint=torch.rand(1, 3, 64, 64))
+    guidance = Guidance(scale=3.0, without=bundle.text.encode([""]))
+    for part in (bundle.unet, network):
+        with ExitStack() as stack:
+            first = part.down_blocks[0].attentions[0].transformer_blocks[0]
+            last = part.mid_block.attentions[0].transformer_blocks[0]
+            modules = (first.attn1, last.attn1, last.attn2.to_k)
+            seen = [stack.enter_context(counted(module)) for module in modules]
+            denoise = Denoise(ControlDenoiser(bundle.unet), network, condition, guidance)
+            for t in (900, 500, 100):
+                denoise(torch.zeros(1, 4, 8, 8), torch.tensor(t))
+        # Both halves of guidance are equal until they see the text, which is always the same.
+        assert seen == [[1] * 3, [2] * 3, [2]]
+
+
+def test_halves_are_shared_in_every_shape_of_network(narrow):
+    """A block without attention first, and SDXL, whose time embedding knows the text already."""
+    plain = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+    config = {
+        "block_out_channels": (8, 16), "down_block_types": plain[0], "up_block_types": plain[1],
+        "cross_attention_dim": 8, "norm_num_groups": 4, "attention_head_dim": 2,
+    }  # fmt: skip
+    unet = UNet2DConditionModel(**config).eval()
+    latents, text = torch.randn(2, 4, 8, 8), torch.randn(4, 5, 8)
+    twice, t = torch.cat([latents] * 2), torch.tensor(300)
+    with torch.no_grad(), counted(unet.down_blocks[1].resnets[0]) as seen:
+        expected = unet(twice, t, text).sample
+        torch.testing.assert_close(share_halves(unet)(twice, t, text).sample, expected)
+    assert seen == [4, 2]
+    richer = UNet2DConditionModel(
+        **config, addition_embed_type="text_time", addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=32,
+    ).eval()  # fmt: skip
+    assert list(textless(richer)) == []
 
 
 def test_steps_outside_of_an_interval_cost_less(narrow):
@@ -217,8 +256,8 @@ def test_karras_sigmas_follow_a_step_from_pure_noise(pipe, name):
 
 def test_guidance_spares_only_steps_that_begin_late():
     times = torch.arange(10).flip(0)
-    assert times_begun_between(times, 0, 1) is None
-    assert times_begun_between(times, 0, 0.9) == set(map(float, range(1, 10)))
-    assert times_begun_between(times, 0.2, 0.5) == {7.0, 6.0, 5.0}
-    assert times_begun_between(times[:1], 0, 0.9) == {9.0}
-    assert times_begun_between(times, 0, 0) == frozenset()
+    assert times_between(times, 0, 1, wholly=False) is None
+    assert times_between(times, 0, 0.9, wholly=False) == set(map(float, range(1, 10)))
+    assert times_between(times, 0.2, 0.5, wholly=False) == {7.0, 6.0, 5.0}
+    assert times_between(times[:1], 0, 0.9, wholly=False) == {9.0}
+    assert times_between(times, 0, 0, wholly=False) == frozenset()
