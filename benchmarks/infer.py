@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +72,16 @@ def load_embedded() -> Any:
     return load(device="cpu")
 
 
-def make_batch(pipeline: Any, size: int, count: int = 1) -> Any:
-    """Pictures that are wholly hole: there both sides compute the very same."""
+def make_batch(pipeline: Any, size: int, count: int = 1, hole: int | None = None) -> Any:
+    """Pictures that are wholly hole: there both sides compute the very same. Or with a `hole`."""
     import numpy as np
 
     from controlfill.data.sample import Sample, collate
     from controlfill.data.worlds import HELD_OUT, open_world
 
-    mask, world = np.full((size, size), 255, np.uint8), open_world("shapes")
+    mask, world = np.zeros((size, size), np.uint8), open_world("shapes")
+    rim = (size - (hole or size)) // 2
+    mask[rim : size - rim, rim : size - rim] = 255
     drawn = [world.draw(HELD_OUT + seed, (size, size)) for seed in range(count)]
     samples = [Sample(image=p.image, mask=mask, prompt=p.truth.caption) for p in drawn]
     return collate(samples, pipeline.spec)
@@ -111,7 +114,7 @@ def their_picture(pipeline: Any, batch: Any, steps: int) -> Callable[[], Any]:
             batch.prompts, image=batch.image * 2 - 1, mask_image=batch.mask, strength=1.0,
             control_image=batch.hint, latents=noise.clone(), num_inference_steps=steps,
             guidance_scale=bundle.guidance_scale, negative_prompt=[""] * count, output_type="pt",
-            controlnet_conditioning_scale=1.0,
+            controlnet_conditioning_scale=1.0, generator=torch.Generator().manual_seed(SEED),
         ).images  # fmt: skip
 
     return paint
@@ -130,12 +133,18 @@ def compare_exact(
     pipeline: Any, size: int, options: argparse.Namespace
 ) -> tuple[Result, list[str]]:
     """The same steps of the same scheduler on the same picture."""
+    from controlfill.inference.openvino import OpenVinoDenoiser
+
     batch, steps = make_batch(pipeline, size), {"scheduler": "ddim", "num_inference_steps": STEPS}
     same = {**steps, "guidance_end": 1.0}
     theirs, ours = their_picture(pipeline, batch, STEPS), our_picture(pipeline, batch, **same)
     fewer = our_picture(pipeline, batch, **steps, guidance_end=0.6)
     apart = float((theirs() - ours()).abs().max())
     sides = {"diffusers": theirs, "exact": ours, "guidance to 60 %": fewer}
+    for precision in ("no", "bf16") if find_spec("openvino") else ():
+        denoiser = OpenVinoDenoiser(pipeline.bundle.unet, pipeline.network, precision)
+        graphs = replace(pipeline, denoiser=denoiser)
+        sides[f"OpenVINO, {denoiser.numbers}"] = our_picture(graphs, batch, **same)
     found, lines = told("picture", alternate(sides, options.rounds), "diffusers")
     agree = "equal" if apart <= TOLERANCE else "DIFFERENT: the exact ratio is void"
     lines.append(f"  pictures differ by {apart:.1e} at most (tolerance {TOLERANCE:.0e}): {agree}")
@@ -144,22 +153,27 @@ def compare_exact(
 
 def compare_default(pipeline: Any, options: argparse.Namespace) -> tuple[Result, list[str]]:
     """Our defaults beside diffusers' 20 DDIM steps: time, and how far from the solution."""
-    batch = make_batch(pipeline, 64, 16)
-    solution = their_picture(pipeline, batch, 200)()
-    theirs, ours = their_picture(pipeline, batch, 20), our_picture(pipeline, batch)
-    errors = {
-        name: (paint() - solution).square().mean(dim=(1, 2, 3)).sqrt()
-        for name, paint in (("diffusers", theirs), ("default", ours))
-    }
-    sides = {"diffusers": theirs, "default": ours}
-    found, lines = told("batch", alternate(sides, options.rounds), "diffusers")
-    for name, error in errors.items():
-        middle, mean = float(error.median()), float(error.square().mean().sqrt())
-        found[name] |= {"error": middle, "error_mean": mean}
-        lines.append(
-            f"  {name:24}distance to 200 DDIM steps: median {middle:.4f}, all pictures {mean:.4f}"
-        )
-    return found, lines
+    figures, lines = {}, []
+    for what, hole in (("wholly new", None), ("hole of 48", 48), ("hole of 24", 24)):
+        batch = make_batch(pipeline, 64, 16, hole)
+        long = {"scheduler": "ddim", "num_inference_steps": 200, "guidance_end": 1.0}
+        sides = {"diffusers": their_picture(pipeline, batch, 20),
+                 "default": our_picture(pipeline, batch)}  # fmt: skip
+        solutions = {"diffusers": their_picture(pipeline, batch, 200)(),
+                     "default": our_picture(pipeline, batch, **long)()}  # fmt: skip
+        errors = {
+            name: (sides[name]() - solution).square().mean(dim=(1, 2, 3)).sqrt()
+            for name, solution in solutions.items()
+        }
+        found, said = told("batch", alternate(sides, options.rounds), "diffusers")
+        for name, error in errors.items():
+            middle, every = float(error.median()), float(error.square().mean().sqrt())
+            found[name] |= {"error": middle, "error_all": every}
+            said.append(f"  {name:24}distance to its 200 DDIM steps: median {middle:.4f}, "
+                        f"all pictures {every:.4f}")  # fmt: skip
+        figures[what] = found
+        lines += [f" {what}:", *said]
+    return figures, lines
 
 
 def told(what: str, took: dict[str, list[float]], first: str) -> tuple[Result, list[str]]:

@@ -196,6 +196,7 @@ def load_pipeline(options: Any) -> Any:
         conditioning=options.conditioning,
         device=options.device,
         mixed_precision=options.mixed_precision,
+        engine=options.engine,
     )
 
 

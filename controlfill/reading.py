@@ -16,11 +16,13 @@ from controlfill import options as opts
 from controlfill.errors import UserError
 
 ENGINES = {"accelerate": "train", "lightning": "train_lightning"}
+PRESETS = Path(__file__).parent / "assets" / "presets"
 
 
 def read_options(cls: type[Any], name: str, arguments: list[str]) -> Any:
     """Options from `--config FILE.yaml` and flags; flags win. Raises UserError."""
-    config, arguments = take_option("config", arguments, "the path of a YAML file")
+    wants = f"a YAML file or one of: {', '.join(presets())}"
+    config, arguments = take_option("config", arguments, wants)
     values = read_config(cls, config) if config else {}
     default = None
     if values:
@@ -78,16 +80,23 @@ def own_names(arguments: list[str]) -> list[str]:
 
 
 def read_config(cls: type[Any], file: str) -> dict[str, Any]:
-    """The options in a YAML file, each checked against its field. Raises UserError."""
+    """The options in a YAML file or a preset, each checked against its field. Raises UserError."""
     import yaml
 
+    shipped = PRESETS / f"{file}.yaml"
+    path = shipped if file in presets() and not Path(file).exists() else Path(file)
     try:
-        values = yaml.safe_load(Path(file).read_text("utf-8"))
+        values = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {file} can't be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {file} holds no `option: value` lines")
     return opts.check_values(cls, values, file)
+
+
+def presets() -> list[str]:
+    """The names of the presets that ship."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def take_engine(name: str, arguments: list[str]) -> tuple[str, list[str]]:

@@ -7,7 +7,7 @@ import pytest
 from controlfill import options as opts
 from controlfill.cli import COMMANDS
 from controlfill.errors import UserError
-from controlfill.reading import read_options, take_engine
+from controlfill.reading import presets, read_options, take_engine
 
 DATA = {
     "ann_file", "captions_file", "mask_dir", "image_size", "crop", "random_flip", "mask_kinds",
@@ -20,7 +20,7 @@ SAMPLE = {
     "num_inference_steps", "scheduler", "seed", "feather", "mixed_precision", "device",
     "output_dir", "conditioning", "window_size", "window_overlap", "window_batch",
     "control_guidance_start", "control_guidance_end", "control_prompted_only", "guidance_start",
-    "guidance_end", "window_order", "repair_seams",
+    "guidance_end", "window_order", "repair_seams", "engine", "lama",
 }  # fmt: skip
 HOLE = SAMPLE | {
     "mask_polarity", "invert_mask", "grow_mask", "soft_mask", "only_masked", "context",
@@ -191,7 +191,7 @@ def test_wrong_yaml_is_one_line(tmp_path, text, words):
 def test_missing_yaml_is_named():
     with pytest.raises(UserError, match=r"none\.yaml can't be read"):
         read_options(opts.TrainOptions, "train", ["--config", "none.yaml"])
-    with pytest.raises(UserError, match="needs the path"):
+    with pytest.raises(UserError, match="needs a YAML file or one of"):
         read_options(opts.TrainOptions, "train", ["--config"])
 
 
@@ -206,3 +206,20 @@ def test_options_become_plain_values():
 def test_shipped_configs_are_read(file):
     read = read_options(opts.TrainOptions, "train", ["--config", f"configs/{file}.yaml"])
     assert read.image_dir
+
+
+def test_presets_are_configs_by_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = ["i.png", "--left", "8"]
+    read = {
+        name: read_options(opts.OutpaintOptions, "outpaint", [*words, "--config", name])
+        for name in presets()
+    }
+    assert sorted(read) == ["glid", "mk2", "mosaic", "poor-mans"]
+    assert (read["mk2"].fill, read["mk2"].strength) == ("noise", 0.8)
+    assert (read["glid"].window_order, read["glid"].scheduler) == ("rows", "ddim")
+    assert (read["mosaic"].fill, read["poor-mans"].fill) == ("mosaic", "blur")
+    flags = [*words, "--config", "mk2", "--strength", "0.5"]
+    assert read_options(opts.OutpaintOptions, "outpaint", flags).strength == 0.5
+    (tmp_path / "mk2").write_text("seed: 3")  # a file of that name is meant first
+    assert read_options(opts.OutpaintOptions, "outpaint", [*words, "--config", "mk2"]).seed == 3

@@ -15,6 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def ours(networks: shapes.Networks, text: Tensor, hint: Tensor, mode: str | None
     if mode is not None:
         # Without remembered keys and values: CUDA graphs would write over them.
         unet, control = (share_halves(part) for part in (unet, embed_hint(control, condition)[0]))
-        denoise.twice = (ControlDenoiser(compiled(unet, mode)), compiled(control, mode))
+        denoise.twice = partial(ControlDenoiser(compiled(unet, mode)), compiled(control, mode))
     return denoise
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from controlfill.diffusion.condition import Condition
+from controlfill.diffusion.reuse import remember_text, share_halves
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
+
+
+# A ControlDenoiser that has its network already.
+Predictor = Callable[..., Tensor]
 
 
 class ControlDenoiser:
@@ -21,6 +28,22 @@ class ControlDenoiser:
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self.unet = unet
+
+    def for_run(
+        self, network: nn.Module | None, halves: bool = False, control_halves: bool = False
+    ) -> Predictor:
+        """All but the network in a call, for the many steps of a run, whose text is the same.
+
+        With `halves`, batches come as two halves that differ only in their text; with
+        `control_halves` the network sees both of them too.
+        """
+        unet: Any = remember_text(self.unet)
+        network = None if network is None else remember_text(network)
+        if halves:
+            unet = share_halves(unet)
+        if network is not None and control_halves:
+            network = share_halves(network)
+        return partial(ControlDenoiser(unet), network)
 
     def __call__(
         self,

@@ -6,7 +6,7 @@ The networks that come back share all weights with those that went in, which are
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,17 +15,23 @@ from torch import Tensor, nn
 
 from controlfill.diffusion.condition import Condition
 
+HINT = "controlnet_cond_embedding"
+
 
 def embed_hint(network: nn.Module, condition: Condition) -> tuple[nn.Module, Condition]:
     """The ControlNet and the condition of a whole run, in which the hint is embedded only once.
 
     It is the same at every step, and its embedding works at the full size of the picture.
     """
-    name = "controlnet_cond_embedding"
-    embedding = network.get_submodule(name)
+    embedding = network.get_submodule(HINT)
     weight = next(embedding.parameters())
-    light = with_parts(network, {name: nn.Identity()})
-    return light, replace(condition, hint=embedding(condition.hint.to(weight.dtype)))
+    hint = embedding(condition.hint.to(weight.dtype))
+    return without_hint_embedding(network), replace(condition, hint=hint)
+
+
+def without_hint_embedding(network: nn.Module) -> nn.Module:
+    """The ControlNet for hints that are embedded already."""
+    return with_parts(network, {HINT: nn.Identity()})
 
 
 def remember_text(network: nn.Module) -> nn.Module:
@@ -62,7 +68,7 @@ def textless(network: Any) -> Iterator[str]:
         return
 
 
-def with_parts(network: nn.Module, parts: dict[str, nn.Module]) -> nn.Module:
+def with_parts(network: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
     """`network` with other `parts` in the places of those names."""
     light = copy.copy(network)
     light._modules = dict(network._modules)
@@ -85,11 +91,10 @@ class Remembering(nn.Module):
         super().__init__()
         self.module = module
         self.asked: Tensor | None = None
-        self.answer: Tensor | None = None
 
     def forward(self, tensor: Tensor) -> Tensor:
         """The module's answer for `tensor`."""
-        if self.answer is None or tensor is not self.asked:
+        if tensor is not self.asked:
             self.asked, self.answer = tensor, self.module(tensor)
         return self.answer
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from controlfill.diffusion.condition import Condition
 from controlfill.diffusion.denoiser import ControlDenoiser
-from controlfill.diffusion.reuse import embed_hint, remember_text, share_halves
+from controlfill.diffusion.reuse import embed_hint
 from controlfill.errors import UserError
 
 
@@ -171,25 +171,20 @@ class Denoise:
         control: Control = Control(),
     ) -> None:
         if network is not None and control.scale:
-            network, condition = embed_hint(remember_text(network), condition)
+            network, condition = embed_hint(network, condition)
         whole = condition.doubled(guidance.without) if guidance else condition
-        unet = remember_text(denoiser.unet)
         self.guidance, self.control = guidance, control
         self.whole, self.prompted = whole, whole.last(len(condition.text))
-        self.alone = (ControlDenoiser(unet), network)
-        self.twice = (ControlDenoiser(share_halves(unet)), network)
-        if network is not None and not control.prompted_only:
-            self.twice = (self.twice[0], share_halves(network))
+        self.alone = denoiser.for_run(network)
+        self.twice = denoiser.for_run(network, True, not control.prompted_only)
 
     def __call__(self, latents: Tensor, t: Tensor) -> Tensor:
         """The prediction for `latents` at the single timestep `t`."""
         scale = self.control.scale if _among(t, self.control.times) else 0.0
         if self.guidance is None or not _among(t, self.guidance.times):
-            denoiser, network = self.alone
-            return denoiser(network, latents, t, self.prompted, scale)
-        denoiser, network = self.twice
+            return self.alone(latents, t, self.prompted, scale)
         spared = len(latents) if self.control.prompted_only else 0
-        prediction = denoiser(network, torch.cat([latents] * 2), t, self.whole, scale, spared)
+        prediction = self.twice(torch.cat([latents] * 2), t, self.whole, scale, spared)
         without, with_ = prediction.chunk(2)
         return without + self.guidance.scale * (with_ - without)
 

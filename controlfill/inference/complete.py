@@ -32,6 +32,7 @@ from controlfill.inference.generate import (
     guidance_scale,
 )
 from controlfill.inference.holes import Box, choose_boxes, finish, open_hole
+from controlfill.inference.lama import lama
 from controlfill.inference.order import ORDERS
 from controlfill.inference.pipeline import Pipeline, Progress
 from controlfill.options import HoleOptions, SampleOptions
@@ -90,6 +91,17 @@ def inpaint(
     return make_result(pipeline, photo, hole, made, options)
 
 
+def make_fill(image: np.ndarray, hole: np.ndarray, options: SampleOptions) -> np.ndarray:
+    """`image` with its hole filled as `options` say, if they do. Raises UserError."""
+    if options.fill is None:
+        return image
+    if options.fill != "lama":
+        return fill_with(options.fill, image, hole)
+    if options.lama is None:
+        raise UserError("--fill lama needs --lama FILE.onnx, the network itself")
+    return np.where(hole[..., None] > 0, lama(options.lama, image, hole), image)
+
+
 def check_fills(pipeline: Pipeline) -> None:
     """Raise UserError for a ControlNet that fills no holes."""
     if pipeline.spec.given:
@@ -119,7 +131,7 @@ def complete(
     Greys of the hole say how much may change. `old` is the pixel at which an older canvas began:
     latent cells keep their places and their noise while a canvas grows around it.
     """
-    start = fill_with(options.fill, image, hole) if options.fill else image
+    start = make_fill(image, hole, options)
     if not options.strength:
         return paste(image, start, hole, options.feather)
     generated = _generate_around(pipeline, start, hole, options, progress, old)

@@ -15,6 +15,9 @@ from controlfill.errors import UserError
 # Radius and number of the box blurs.
 BLURS = ((512, 2), (256, 2), (128, 4), (64, 4), (33, 8), (15, 8), (5, 16), (3, 16))
 
+# Tiles of a mosaic along the longer side.
+TILES = 24
+
 
 def telea(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Fast marching (Telea 2004), as cv2 has it."""
@@ -49,6 +52,17 @@ def mirror(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     ]
     known = mask[across[0], across[1]] == 0
     return image[tuple(np.where(known, a, n) for a, n in zip(across, near, strict=True))]
+
+
+def mosaic(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The reflected picture in square tiles of one colour each (after "mosaic outpaint")."""
+    height, width = mask.shape
+    side = max(1, round(max(height, width) / TILES))
+    across, down = -(-width // side), -(-height // side)
+    frame = ((0, down * side - height), (0, across * side - width), (0, 0))
+    whole = np.pad(mirror(image, mask), frame, mode="edge")
+    tiles = cv2.resize(whole, (across, down), interpolation=cv2.INTER_AREA)
+    return tiles.repeat(side, axis=0).repeat(side, axis=1)[:height, :width]
 
 
 def nearest_known(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -128,6 +142,7 @@ FILLS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "biharmonic": biharmonic,
     "edge": edge,
     "mirror": mirror,
+    "mosaic": mosaic,
     "mean": mean,
     "blur": blur,
     "noise": noise,

@@ -146,7 +146,7 @@ def make_denoise(
 
     def part(places: Sequence[Place]) -> Denoise:
         return Denoise(
-            ControlDenoiser(bundle.unet),
+            pipeline.denoiser or ControlDenoiser(bundle.unet),
             pipeline.network,
             condition.part(windows, places),
             guidance.repeated(len(places)) if guidance else None,

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from controlfill.data.hints import HINTS, Spec, open_spec
+from controlfill.diffusion.denoiser import ControlDenoiser
 from controlfill.errors import UserError
+from controlfill.inference.openvino import OpenVinoDenoiser
 from controlfill.models import embedded
 from controlfill.models.bundle import Bundle, current_name, load_bundle
 from controlfill.models.controlnet import (
@@ -41,12 +43,16 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """A frozen `bundle`, its ControlNet, and the conditioning that it was trained with."""
+    """A frozen `bundle`, its ControlNet, and the conditioning that it was trained with.
+
+    `denoiser` runs both of them where another engine than torch does.
+    """
 
     bundle: Bundle
     network: ControlNetModel | None
     spec: Spec
     control: str | None = None
+    denoiser: ControlDenoiser | None = None
     lock: Lock = field(default_factory=Lock, repr=False)
 
     def inpaint(
@@ -120,13 +126,15 @@ def load(
     conditioning: str | None = None,
     device: str = "auto",
     mixed_precision: str = "no",
+    engine: str = "torch",
 ) -> Pipeline:
     """Load a base and a ControlNet; without either, the embedded pair.
 
     `control` is a checkpoint, final_model, diffusers folder, .safetensors file or `embedded`;
     `base` is taken from its header when not given; one with a 9-channel inpaint UNet also works
     without `control`. `conditioning` is needed only for foreign
-    weights, which don't say what they were trained with. Raises UserError.
+    weights, which don't say what they were trained with. `engine` is torch, or openvino for CPUs,
+    which reckons in `mixed_precision` inside. Raises UserError.
     """
     if control is None and base in (None, embedded.EMBEDDED):
         control = embedded.EMBEDDED
@@ -134,16 +142,31 @@ def load(
         bundle, network, spec = load_alone(str(base)), None, HOLE_SPEC
     else:
         bundle, network, spec = load_pair(base, find_controlnet(control), conditioning)
-    place, dtype = pick_device(device), DTYPES[mixed_precision]
+    denoiser = None
+    if engine == "openvino":
+        if device not in ("auto", "cpu"):
+            raise UserError(f"--engine openvino computes on the CPU, not on --device {device}")
+        place, dtype = torch.device("cpu"), torch.float32
+        denoiser = OpenVinoDenoiser(bundle.unet, network, mixed_precision)
+    else:
+        place, dtype = pick_device(device), DTYPES[mixed_precision]
+    place_networks(bundle, network, place, dtype)
+    bundle.text.cache = Recent(bundle.text)
+    return Pipeline(bundle=bundle, network=network, spec=spec, control=control, denoiser=denoiser)
+
+
+def place_networks(
+    bundle: Bundle, network: ControlNetModel | None, place: torch.device, dtype: torch.dtype
+) -> None:
+    """Move all networks to `place`, frozen and in `dtype`."""
     bundle.to(place, dtype)
     if network is not None:
         torch.nn.Module.to(network.eval().requires_grad_(False), device=place, dtype=dtype)
     if place.type == "cpu":
         # Convolutions of narrow networks take up to an eighth less time so.
-        for part in filter(None, (bundle.unet, bundle.vae, network)):
-            torch.nn.Module.to(part, memory_format=torch.channels_last)
-    bundle.text.cache = Recent(bundle.text)
-    return Pipeline(bundle=bundle, network=network, spec=spec, control=control)
+        parts: list[Any] = [bundle.unet, bundle.vae, network]
+        for part in filter(None, parts):
+            part.to(memory_format=torch.channels_last)
 
 
 def load_pair(

@@ -17,7 +17,7 @@ Anchor = Literal[
     "bottom-left", "bottom", "bottom-right",
 ]  # fmt: skip
 FillName = Literal[
-    "telea", "navier-stokes", "biharmonic", "edge", "mirror", "mean", "blur", "noise"
+    "telea", "navier-stokes", "biharmonic", "edge", "mirror", "mosaic", "mean", "blur", "noise"
 ]
 WindowOrder = Literal["outward", "rows", "joint"]
 Device = Literal["auto", "cpu", "cuda", "mps"]

@@ -191,6 +191,17 @@ def test_mirrors_mirror_and_edges_repeat():
     assert set(fill_with("mean", image, hole)[4, 6:, 0]) == {50}
 
 
+def test_a_mosaic_is_the_reflection_in_tiles():
+    image = np.random.default_rng(0).integers(0, 256, (48, 48, 3)).astype(np.uint8)
+    hole = np.zeros((48, 48), np.uint8)
+    hole[:, 24:] = 255
+    made = fill_with("mosaic", image, hole)[:, 24:].astype(int)
+    tiles = made.reshape(24, 2, 12, 2, 3)
+    assert (tiles == tiles[:, :1, :, :1]).all()
+    mirrored = fill_with("mirror", image, hole)[:, 24:].reshape(24, 2, 12, 2, 3).mean(axis=(1, 3))
+    assert np.abs(tiles[:, 0, :, 0] - mirrored).max() <= 1
+
+
 def test_noise_has_the_colours_of_the_picture():
     rng = np.random.default_rng(0)
     image = rng.choice([10, 200], (64, 64, 1), p=[0.7, 0.3]).repeat(3, 2).astype(np.uint8)

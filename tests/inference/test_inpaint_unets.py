@@ -146,3 +146,13 @@ def test_windows_see_their_own_part_of_the_mask(inpaint_base):
 def test_it_is_no_base_to_train_on(inpaint_base):
     with pytest.raises(UserError, match="whose UNet takes 4"):
         load_bundle(str(inpaint_base))
+
+
+def test_openvino_runs_it_too(inpaint_base):
+    pytest.importorskip("openvino", reason="needs the extra openvino")
+    image, mask = picture(64, 64)
+    ours, theirs = (
+        load(str(inpaint_base), engine=engine).inpaint(image, mask, num_inference_steps=2).image
+        for engine in ("torch", "openvino")
+    )
+    assert np.abs(ours.astype(int) - theirs).max() <= 1
