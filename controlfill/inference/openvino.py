@@ -6,7 +6,7 @@ UNet and ControlNet become one graph when they are first needed, which takes som
 from __future__ import annotations
 
 import warnings
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -96,8 +96,12 @@ class Joined(nn.Module):
         return ControlDenoiser(self.unet)(self.network, noisy, timestep, condition, loud, spared)
 
 
+@lru_cache(maxsize=1)
 def open_core() -> Any:
-    """OpenVINO itself. Raises UserError where it is not installed."""
+    """OpenVINO itself, once for the life of the process. Raises UserError where it is missing.
+
+    When it goes, the stack of signal handlers goes with it, and the next signal ends the process.
+    """
     try:
         import openvino
     except ImportError as error:
