@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from controlfill import options as opts
+from controlfill.cli_skins import SKINS
 from controlfill.console import (
     ERR,
     fail,
@@ -334,6 +335,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "batch": (opts.BatchOptions, batch),
     "zoom": (opts.ZoomOptions, zoom),
     "infer": (opts.InferOptions, infer),
+    **SKINS,
     "generate": (opts.GenerateOptions, generate),
     "evaluate": (opts.EvaluateOptions, evaluate),
     "cache": (opts.CacheOptions, cache),

@@ -59,6 +59,12 @@ FLAGS = {
     },
     "prepare table": DATA | {"data", "out", "count", "make_hint", "image_format"},
     "prepare shards": DATA | {"data", "out", "count", "make_hint", "image_format", "per_shard"},
+    "skin hint": {"layout", "size", "font", "out", "glyphs"},
+    "skin compose": {"layout", "size", "parts", "out"},
+    "skin slice": {"layout", "size", "image", "out", "pressed"},
+    "skin render": {"layout", "size", "font", "image", "out"},
+    "skin themes": {"layout", "size", "out", "count", "seed"},
+    "skin check": {"layout", "size", "image"},
     "generate": SAMPLE | {"hint", "control", "base"},
     "inpaint": HOLE | {"image", "mask", "control", "base"},
     "outpaint": SAMPLE

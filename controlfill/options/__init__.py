@@ -36,6 +36,15 @@ from controlfill.options.filling import (
     ZoomOptions,
 )
 from controlfill.options.preparing import PrepareShardsOptions, PrepareTableOptions
+from controlfill.options.skins import (
+    LayoutOptions,
+    SkinCheckOptions,
+    SkinComposeOptions,
+    SkinHintOptions,
+    SkinRenderOptions,
+    SkinSliceOptions,
+    SkinThemesOptions,
+)
 from controlfill.options.training import (
     CacheOptions,
     ControlOptions,
@@ -47,8 +56,10 @@ __all__ = [
     "ALIASES", "LEAST", "MASK_KINDS", "SD15", "SHARES", "BatchOptions", "CacheOptions",
     "ChangeOptions", "ControlOptions", "DataOptions", "DemoOptions", "DoctorOptions",
     "EvaluateOptions", "FillOptions", "GenerateOptions", "GrowOptions", "HoleOptions",
-    "InferOptions", "InpaintOptions", "LightningOptions", "MaskOptions", "Options",
+    "InferOptions", "InpaintOptions", "LayoutOptions", "LightningOptions", "MaskOptions", "Options",
     "OutpaintOptions", "Precision", "PrepareShardsOptions", "PrepareTableOptions",
-    "PreviewOptions", "SampleOptions", "TrainOptions", "ZoomOptions", "check_numbers",
-    "check_values", "field_types", "read_size", "shared_values",
+    "PreviewOptions", "SampleOptions", "SkinCheckOptions", "SkinComposeOptions",
+    "SkinHintOptions", "SkinRenderOptions", "SkinSliceOptions", "SkinThemesOptions",
+    "TrainOptions", "ZoomOptions", "check_numbers", "check_values", "field_types", "read_size",
+    "shared_values",
 ]  # fmt: skip

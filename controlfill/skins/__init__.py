@@ -1,0 +1,1 @@
+"""Keyboard skins as pictures. Knows no network."""
