@@ -59,6 +59,17 @@ def sized_layout(options: opts.LayoutOptions) -> Any:
     return layout.at(opts.read_size("size", options.size)) if options.size else layout
 
 
+def skin_export(options: opts.SkinExportOptions) -> None:
+    """`controlfill skin export`."""
+    from controlfill.images import as_photo
+    from controlfill.skins.theme import export_cskin
+
+    if options.out.suffix != ".cskin":
+        raise UserError(f"{options.out} is no name of a theme; NAME.cskin would be")
+    skin = as_photo(options.image).rgb
+    say(f"wrote {export_cskin(skin, sized_layout(options), options.out, options.labels)}")
+
+
 def skin_themes(options: opts.SkinThemesOptions) -> None:
     """`controlfill skin themes`."""
     from controlfill.skins.themes import draw_theme, write_part_set
@@ -95,6 +106,7 @@ SKINS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "skin compose": (opts.SkinComposeOptions, skin_compose),
     "skin slice": (opts.SkinSliceOptions, skin_slice),
     "skin render": (opts.SkinRenderOptions, skin_render),
+    "skin export": (opts.SkinExportOptions, skin_export),
     "skin themes": (opts.SkinThemesOptions, skin_themes),
     "skin check": (opts.SkinCheckOptions, skin_check),
 }

@@ -225,14 +225,21 @@ def save_image(
     settings: dict[str, Any] | None = None,
 ) -> Path:
     """Write uint8 (H, W, 3) or (H, W) as PNG, whole or not at all, with `settings` as metadata."""
+    write_whole(path, png_bytes(rgb, alpha, settings))
+    return Path(path)
+
+
+def png_bytes(
+    rgb: np.ndarray, alpha: np.ndarray | None = None, settings: dict[str, Any] | None = None
+) -> bytes:
+    """The PNG of uint8 (H, W, 3) or (H, W)."""
     info = PngImagePlugin.PngInfo()
     if settings is not None:
         info.add_itxt(SETTINGS_KEY, json.dumps(settings, default=str))
     stacked = rgb if alpha is None else np.dstack([rgb, alpha])
     buffer = io.BytesIO()
     Image.fromarray(stacked).save(buffer, "PNG", pnginfo=info)
-    write_whole(path, buffer.getvalue())
-    return Path(path)
+    return buffer.getvalue()
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

@@ -63,6 +63,7 @@ FLAGS = {
     "skin compose": {"layout", "size", "parts", "out"},
     "skin slice": {"layout", "size", "image", "out", "pressed"},
     "skin render": {"layout", "size", "font", "image", "out"},
+    "skin export": {"layout", "size", "image", "out", "labels"},
     "skin themes": {"layout", "size", "out", "count", "seed"},
     "skin check": {"layout", "size", "image"},
     "generate": SAMPLE | {"hint", "control", "base"},

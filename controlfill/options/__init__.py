@@ -40,6 +40,7 @@ from controlfill.options.skins import (
     LayoutOptions,
     SkinCheckOptions,
     SkinComposeOptions,
+    SkinExportOptions,
     SkinHintOptions,
     SkinRenderOptions,
     SkinSliceOptions,
@@ -59,7 +60,7 @@ __all__ = [
     "InferOptions", "InpaintOptions", "LayoutOptions", "LightningOptions", "MaskOptions", "Options",
     "OutpaintOptions", "Precision", "PrepareShardsOptions", "PrepareTableOptions",
     "PreviewOptions", "SampleOptions", "SkinCheckOptions", "SkinComposeOptions",
-    "SkinHintOptions", "SkinRenderOptions", "SkinSliceOptions", "SkinThemesOptions",
-    "TrainOptions", "ZoomOptions", "check_numbers", "check_values", "field_types", "read_size",
-    "shared_values",
+    "SkinExportOptions", "SkinHintOptions", "SkinRenderOptions", "SkinSliceOptions",
+    "SkinThemesOptions", "TrainOptions", "ZoomOptions", "check_numbers", "check_values",
+    "field_types", "read_size", "shared_values",
 ]  # fmt: skip

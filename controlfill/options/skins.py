@@ -88,3 +88,15 @@ class SkinCheckOptions(LayoutOptions):
 
     image: Positional[Path]
     """The skin, as large as the layout's canvas or --size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkinExportOptions(LayoutOptions):
+    """Write a skin as a theme to install: .cskin, for the Yuanshu (Hamster) input method."""
+
+    image: Positional[Path]
+    """The skin, as large as the layout's canvas or --size."""
+    out: Positional[Path]
+    """The theme to write, NAME.cskin."""
+    labels: bool = True
+    """Let the input method write the labels, on a skin without text."""
