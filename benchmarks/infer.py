@@ -141,7 +141,7 @@ def compare_exact(
     fewer = our_picture(pipeline, batch, **steps, guidance_end=0.6)
     apart = float((theirs() - ours()).abs().max())
     sides = {"diffusers": theirs, "exact": ours, "guidance to 60 %": fewer}
-    for precision in ("no", "bf16") if find_spec("openvino") else ():
+    for precision in options.graphs:
         denoiser = OpenVinoDenoiser(pipeline.bundle.unet, pipeline.network, precision)
         graphs = replace(pipeline, denoiser=denoiser)
         sides[f"OpenVINO, {denoiser.numbers}"] = our_picture(graphs, batch, **same)
@@ -258,6 +258,13 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=128, help="side of the windows")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=WAYS)
+    parser.add_argument(
+        "--graphs",
+        nargs="*",
+        choices=["no", "bf16"],
+        help="precisions of OpenVINO beside torch",
+        default=["no", "bf16"] if find_spec("openvino") else [],
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     common.add_output(parser)
     options = parser.parse_args()

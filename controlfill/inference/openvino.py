@@ -56,7 +56,8 @@ class OpenVinoDenoiser(ControlDenoiser):
         if kind not in self.graphs:
             self.graphs[kind] = self.compile(Joined(self, *kind), inputs)
         found = self.graphs[kind]({name: value.numpy() for name, value in inputs.items()})
-        return torch.from_numpy(found[0])
+        # A copy: the next call writes its answer to the same place.
+        return torch.from_numpy(found[0].copy())
 
     def compile(self, joined: nn.Module, inputs: dict[str, Tensor]) -> Any:
         """`joined` as a graph for inputs of any size."""
