@@ -72,11 +72,11 @@ def skin_export(options: opts.SkinExportOptions) -> None:
 
 def skin_themes(options: opts.SkinThemesOptions) -> None:
     """`controlfill skin themes`."""
+    from controlfill.files import check_empty
     from controlfill.skins.themes import draw_theme, write_part_set
 
     layout = sized_layout(options)
-    if options.out.exists() and any(options.out.iterdir()):
-        raise UserError(f"{options.out} is not empty; name a new folder for the themes")
+    check_empty(options.out, "themes")
     with reporting() as report:
         for number in range(options.count):
             folder = options.out / f"theme_{number:03}"

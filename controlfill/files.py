@@ -82,6 +82,12 @@ def write_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_empty(folder: Path, what: str) -> None:
+    """Raise UserError when `folder`, which `what` shall be written to, holds something already."""
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; name a new folder for the {what}")
+
+
 def _swap(new: Path, path: Path) -> None:
     """Put `new` at `path`, moving what stood there aside first."""
     old = Path(tempfile.mkdtemp(prefix=f".tmp-{path.name}-", dir=path.parent))

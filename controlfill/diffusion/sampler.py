@@ -175,8 +175,9 @@ class Denoise:
         whole = condition.doubled(guidance.without) if guidance else condition
         self.guidance, self.control = guidance, control
         self.whole, self.prompted = whole, whole.last(len(condition.text))
-        self.alone = denoiser.for_run(network)
-        self.twice = denoiser.for_run(network, True, not control.prompted_only)
+        self.alone = self.twice = denoiser.for_run(network)
+        if guidance:
+            self.twice = denoiser.for_run(network, True, not control.prompted_only)
 
     def __call__(self, latents: Tensor, t: Tensor) -> Tensor:
         """The prediction for `latents` at the single timestep `t`."""

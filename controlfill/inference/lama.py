@@ -20,9 +20,10 @@ def lama(file: Path, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """
     session = open_session(file)
     inputs = {entry.shape[1]: entry for entry in session.get_inputs()}
-    if sorted(map(str, inputs)) != ["1", "3"]:
+    channels = sorted(map(str, inputs))
+    if channels != ["1", "3"]:
         raise UserError(
-            f"--lama {file} takes inputs of {sorted(map(str, inputs))} channels; LaMa takes a "
+            f"--lama {file} takes inputs of {channels} channels; LaMa takes a "
             "picture of 3 and a mask of 1"
         )
     size = fixed_size(inputs[3].shape) or tuple(-(-side // 8) * 8 for side in mask.shape)

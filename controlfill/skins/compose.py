@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from controlfill.errors import UserError
-from controlfill.files import write_folder
+from controlfill.files import check_empty, write_folder
 from controlfill.images import SUFFIXES, Photo, as_photo, save_image
 from controlfill.skins.draw import check_size
 from controlfill.skins.layout import Layout, Size, Slot
@@ -35,22 +35,24 @@ def compose(layout: Layout, folder: Path, background: int = 255) -> Composed:
     """
     files = find_parts(folder)
     canvas = np.full((*layout.size, 3), background, np.uint8)
-    reports, used = [], set()
+    reports: list[str] = []
+    opened: dict[Path, Photo] = {}  # many keys share one picture
     for slot in layout.slots:
         file = files.get(slot.name) or files.get(slot.part)
         if file is None:
             reports.append(missing(slot, folder))
             continue
-        used.add(file)
-        element = as_photo(file)
+        if file not in opened:
+            opened[file] = as_photo(file)
+        element = opened[file]
         reports += [f"{file.name}: {text}" for text in askew(element.size, slot)]
         lay(canvas, slot, element)
-    if not used:
+    if not opened:
         raise UserError(
             f"{folder} holds no part of layout {layout.name}; expected pictures called "
             + ", ".join(sorted({slot.part for slot in layout.slots}))
         )
-    spare = sorted(f.name for f in files.values() if f not in used and not is_pressed(f))
+    spare = sorted(f.name for f in files.values() if f not in opened and not is_pressed(f))
     reports += [f"{name}: no slot of layout {layout.name} has that name" for name in spare]
     return Composed(image=canvas, reports=list(dict.fromkeys(reports)))
 
@@ -176,8 +178,7 @@ def write_parts(image: np.ndarray, layout: Layout, folder: Path, with_pressed: b
 
     Composed again, the parts give the same bytes. Raises UserError when `folder` holds something.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty; name a new folder for the parts")
+    check_empty(folder, "parts")
     keys = {slot.name for slot in layout.keys}
     with write_folder(folder) as written:
         for name, part in cut(image, layout).items():

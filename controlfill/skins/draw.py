@@ -24,9 +24,8 @@ HAN = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "msyh.ttc", "PingFang.ttc"
 NO_SIGN = "\U0010fffe"
 
 
-def edge_hint(layout: Layout, size: Size | None = None) -> np.ndarray:
+def edge_hint(layout: Layout) -> np.ndarray:
     """White outlines, one pixel thin, of all slots on black, uint8 (H, W, 3)."""
-    layout = layout if size is None else layout.at(size)
     picture = np.zeros((*layout.size, 3), np.uint8)
     for slot in layout.slots:
         radius = 0 if slot.role == "region" else round(RADIUS * min(slot.box.size))
@@ -49,9 +48,8 @@ def rounded(size: Size, radius: int) -> np.ndarray:
     return np.array(image)
 
 
-def glyph_hint(layout: Layout, size: Size | None = None, font: Path | None = None) -> np.ndarray:
+def glyph_hint(layout: Layout, font: Path | None = None) -> np.ndarray:
     """The edge hint with the labels in white, uint8 (H, W, 3). Raises UserError."""
-    layout = layout if size is None else layout.at(size)
     return draw_labels(edge_hint(layout), layout, font, (255, 255, 255))
 
 
@@ -71,8 +69,7 @@ def draw_labels(
     pen = ImageDraw.Draw(image)
     for slot in layout.labelled:
         own = colour or readable_on(slot.box.inset(0.15).of(picture))
-        middle = (slot.box.left + slot.box.right) / 2, (slot.box.top + slot.box.bottom) / 2
-        pen.text(middle, slot.label, fill=own, font=fitting(slot, font), anchor="mm")
+        pen.text(slot.box.middle, slot.label, fill=own, font=fitting(slot, font), anchor="mm")
     return np.array(image)
 
 
@@ -139,7 +136,7 @@ def label_boxes(layout: Layout, font: Path | None = None) -> list[tuple[str, Box
     found = []
     for slot in layout.labelled:
         left, top, right, bottom = fitting(slot, font).getbbox(slot.label, anchor="mm")
-        x, y = (slot.box.left + slot.box.right) / 2, (slot.box.top + slot.box.bottom) / 2
+        x, y = slot.box.middle
         edges = (floor(x + left), floor(y + top), ceil(x + right), ceil(y + bottom))
         found.append((slot.label, Box(*edges)))
     return found

@@ -32,6 +32,11 @@ class Box:
         """Height and width."""
         return self.bottom - self.top, self.right - self.left
 
+    @property
+    def middle(self) -> tuple[float, float]:
+        """Its middle, (x, y)."""
+        return (self.left + self.right) / 2, (self.top + self.bottom) / 2
+
     def scaled(self, down: float, right: float) -> Box:
         """The box on a canvas of another size; neighbours stay neighbours."""
         return Box(

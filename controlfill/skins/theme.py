@@ -39,7 +39,7 @@ def export_cskin(image: np.ndarray, layout: Layout, out: Path, labels: bool = Tr
     """
     check_size(image, layout)
     panel, rows = find_rows(layout)
-    tiles = dict(place_tiles(layout, panel, rows))
+    tiles = place_tiles(layout, panel, rows)
     bar = Box(0, 0, layout.size[1], panel.box.top)
     files = {"config.yaml": dump(make_config()), OWN: dump(layout_words(layout)),
              "demo.png": png_bytes(draw_labels(image, layout) if labels else image)}  # fmt: skip
@@ -74,15 +74,15 @@ def find_rows(layout: Layout) -> tuple[Slot, list[list[Slot]]]:
     return panels[0], rows
 
 
-def place_tiles(layout: Layout, panel: Slot, rows: list[list[Slot]]) -> list[tuple[str, Box]]:
+def place_tiles(layout: Layout, panel: Slot, rows: list[list[Slot]]) -> dict[str, Box]:
     """The tile of each key: to the middle of gaps, and to the borders of the panel."""
-    tiles = []
+    tiles = {}
     down = between([(row[0].box.top, row[0].box.bottom) for row in rows], panel.box.top,
                    panel.box.bottom)  # fmt: skip
     for row, (top, bottom) in zip(rows, down, strict=True):
         edges = [(key.box.left, key.box.right) for key in row]
         for key, (left, right) in zip(row, between(edges, 0, layout.size[1]), strict=True):
-            tiles.append((key.name, Box(left, top, right, bottom)))
+            tiles[key.name] = Box(left, top, right, bottom)
     return tiles
 
 
@@ -122,7 +122,7 @@ def make_board(
     image: np.ndarray, layout: Layout, panel: Slot, rows: list[list[Slot]], labels: bool
 ) -> dict[str, Any]:
     """The description of the keyboard: heights, rows, keys and what they do."""
-    tiles, scale = dict(place_tiles(layout, panel, rows)), POINTS / layout.size[1]
+    tiles, scale = place_tiles(layout, panel, rows), POINTS / layout.size[1]
     whole = panel.box.size[0]
     board: dict[str, Any] = {
         "preeditHeight": PREEDIT,
@@ -193,10 +193,9 @@ def key_picture(key: Slot, width: str) -> dict[str, Any]:
 
 def key_label(key: Slot, tile: Box, scale: float, ink: str) -> dict[str, Any]:
     """The node of a key's label, in the middle of the key within its tile."""
-    (height, width), box = tile.size, key.box
-    x = ((box.left + box.right) / 2 - tile.left) / width
-    y = ((box.top + box.bottom) / 2 - tile.top) / height
-    size = 0.4 * box.size[0] * scale * min(1, 4 / len(key.label))
+    (height, width), middle = tile.size, key.box.middle
+    x, y = (middle[0] - tile.left) / width, (middle[1] - tile.top) / height
+    size = 0.4 * key.box.size[0] * scale * min(1, 4 / len(key.label))
     return {
         f"{key.name}Label": {
             "buttonStyleType": "text", "text": key.label, "fontSize": round(size, 1),
