@@ -72,6 +72,9 @@ def with_parts(network: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
     """`network` with other `parts` in the places of those names."""
     light = copy.copy(network)
     light._modules = dict(network._modules)
+    # Accelerate and torch.compile leave calls on a module that would go to the one copied from.
+    light.__dict__.pop("forward", None)
+    light._compiled_call_impl = None
     inner: dict[str, dict[str, nn.Module]] = {}
     for name, part in parts.items():
         first, _, rest = name.partition(".")
