@@ -7,7 +7,6 @@ from typing import Any
 
 from controlfill import options as opts
 from controlfill.console import reporting, say
-from controlfill.errors import UserError
 
 
 def skin_hint(options: opts.SkinHintOptions) -> None:
@@ -62,12 +61,26 @@ def sized_layout(options: opts.LayoutOptions) -> Any:
 def skin_export(options: opts.SkinExportOptions) -> None:
     """`controlfill skin export`."""
     from controlfill.images import as_photo
-    from controlfill.skins.theme import export_cskin
+    from controlfill.skins.formats import export_theme
 
-    if options.out.suffix != ".cskin":
-        raise UserError(f"{options.out} is no name of a theme; NAME.cskin would be")
     skin = as_photo(options.image).rgb
-    say(f"wrote {export_cskin(skin, sized_layout(options), options.out, options.labels)}")
+    say(f"wrote {export_theme(skin, sized_layout(options), options.out, options.labels)}")
+
+
+def skin_import(options: opts.SkinImportOptions) -> None:
+    """`controlfill skin import`."""
+    from controlfill.skins.formats import import_theme
+    from controlfill.skins.importing import import_parts, write_skin
+
+    if options.parts:
+        imported = import_parts(options.source, sized_layout(options), options.out)
+        for line in imported.reports:
+            say(line)
+        say(f"wrote {len(imported.matched)} parts to {options.out}")
+        return
+    layout, skin = import_theme(options.source)
+    write_skin(skin, layout, options.out)
+    say(f"wrote skin.png and layout.yaml ({layout.name}) to {options.out}")
 
 
 def skin_themes(options: opts.SkinThemesOptions) -> None:
@@ -107,6 +120,7 @@ SKINS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "skin slice": (opts.SkinSliceOptions, skin_slice),
     "skin render": (opts.SkinRenderOptions, skin_render),
     "skin export": (opts.SkinExportOptions, skin_export),
+    "skin import": (opts.SkinImportOptions, skin_import),
     "skin themes": (opts.SkinThemesOptions, skin_themes),
     "skin check": (opts.SkinCheckOptions, skin_check),
 }

@@ -92,11 +92,23 @@ class SkinCheckOptions(LayoutOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SkinExportOptions(LayoutOptions):
-    """Write a skin as a theme to install: .cskin, for the Yuanshu (Hamster) input method."""
+    """Write a skin as a theme to install, for Yuanshu (Hamster), Trime or fcitx5-android."""
 
     image: Positional[Path]
     """The skin, as large as the layout's canvas or --size."""
     out: Positional[Path]
-    """The theme to write, NAME.cskin."""
+    """The theme to write: NAME.cskin, NAME.trime.zip or NAME.fcitx5.zip."""
     labels: bool = True
     """Let the input method write the labels, on a skin without text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkinImportOptions(LayoutOptions):
+    """Open a theme that was exported here, or take over the element images of somebody else's."""
+
+    source: Positional[Path]
+    """The theme: .cskin, .trime.zip or .fcitx5.zip; with --parts a folder of pictures."""
+    out: Positional[Path]
+    """The folder to write: skin.png and layout.yaml, or parts as --layout calls them."""
+    parts: bool = False
+    """Take over element images, whatever they are called."""

@@ -12,7 +12,7 @@ from controlfill.errors import UserError
 from controlfill.files import check_empty, write_folder
 from controlfill.images import SUFFIXES, Photo, as_photo, save_image
 from controlfill.skins.draw import check_size
-from controlfill.skins.layout import Layout, Size, Slot
+from controlfill.skins.layout import Layout, Sides, Size, Slot
 
 # An element whose proportions differ by more from its slot's is reported when it is stretched.
 ASKEW = 0.1
@@ -132,20 +132,23 @@ def contain(picture: np.ndarray, slot: Slot) -> np.ndarray:
 
 
 def nine_slice(picture: np.ndarray, slot: Slot) -> np.ndarray:
-    """Corners as they are, edges stretched along themselves, the middle both ways.
+    """Corners in one scale, edges stretched along themselves, the middle both ways.
 
-    The slot's `insets` are the widths of left, top, right and bottom edges in the picture's pixels.
+    The slot's `insets` are the widths of left, top, right and bottom edges in the picture's pixels,
+    its `edges` those on the canvas, which shrink and grow with it.
     """
     left, top, right, bottom = slot.insets
+    west, north, east, south = drawn_edges(slot)
     (height, width), (tall, broad) = slot.box.size, picture.shape[:2]
-    if left + right >= min(width, broad) or top + bottom >= min(height, tall):
+    across, down = width - west - east, height - north - south
+    if min(across, down, broad - left - right, tall - top - bottom) <= 0:
         raise UserError(
             f"line {slot.line}: insets {list(slot.insets)} of {slot.name} leave nothing between "
             f"them of a picture of {broad}x{tall} in a slot of {width}x{height}"
         )
     rows = [(0, top), (top, tall - bottom), (tall - bottom, tall)]
     columns = [(0, left), (left, broad - right), (broad - right, broad)]
-    heights, widths = (top, height - top - bottom, bottom), (left, width - left - right, right)
+    heights, widths = (north, down, south), (west, across, east)
     return np.concatenate(
         [
             np.concatenate(
@@ -160,6 +163,13 @@ def nine_slice(picture: np.ndarray, slot: Slot) -> np.ndarray:
             if h
         ]
     )
+
+
+def drawn_edges(slot: Slot) -> Sides:
+    """How wide the edges of a nine-slice picture are on the canvas; none where it has none."""
+    wide = slot.insets if slot.edges is None else slot.edges
+    left, top, right, bottom = (w if has else 0 for w, has in zip(wide, slot.insets, strict=True))
+    return left, top, right, bottom
 
 
 def cut(image: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ SHIPPED = Path(__file__).parent.parent / "assets" / "layouts"
 Role = Literal["letter", "function", "space", "candidate", "region"]
 Fit = Literal["stretch", "cover", "contain", "nine-slice"]
 Size = tuple[int, int]
+Sides = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,12 @@ class Box:
             and other.top <= self.top < self.bottom <= other.bottom
         )
 
+    def clipped(self, size: Size) -> Box:
+        """The part of the box on a canvas of `size` (height, width); it may be empty."""
+        return Box(
+            max(0, self.left), max(0, self.top), min(size[1], self.right), min(size[0], self.bottom)
+        )
+
     def inset(self, share: float) -> Box:
         """The box without `share` of its shorter side at every edge."""
         by = round(share * min(self.size))
@@ -77,6 +84,8 @@ class Slot:
     """A place on the canvas that one picture fills: a region such as a panel, or a key.
 
     `part` names the kind of picture, which keys may share; `label` is the text on it, if any.
+    `insets` are the borders of a nine-slice picture, in its own pixels: left, top, right, bottom;
+    `edges` are how wide they are drawn on the canvas, as wide as in the picture unless said.
     """
 
     name: str
@@ -86,8 +95,18 @@ class Slot:
     label: str = ""
     z: int = 1
     fit: Fit = "stretch"
-    insets: tuple[int, int, int, int] = (0, 0, 0, 0)
+    insets: Sides = (0, 0, 0, 0)
+    edges: Sides | None = None
     line: int = field(default=0, compare=False)
+
+    def scaled(self, down: float, right: float) -> Slot:
+        """The slot on a canvas of another size, the borders of its picture no exception."""
+        box = self.box.scaled(down, right)
+        if not any(self.insets):
+            return replace(self, box=box)
+        west, north, east, south = self.insets if self.edges is None else self.edges
+        edges = round(west * right), round(north * down), round(east * right), round(south * down)
+        return replace(self, box=box, edges=edges)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +130,7 @@ class Layout:
     def at(self, size: Size) -> Layout:
         """The layout on a canvas of `size` (height, width)."""
         down, right = size[0] / self.size[0], size[1] / self.size[1]
-        slots = (replace(slot, box=slot.box.scaled(down, right)) for slot in self.slots)
-        return replace(self, size=size, slots=tuple(slots))
+        return replace(self, size=size, slots=tuple(s.scaled(down, right) for s in self.slots))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +145,8 @@ class KeyWords:
     rect: tuple[int, int, int, int] | None = None
     z: int = 1
     fit: Fit = "stretch"
-    insets: tuple[int, int, int, int] = (0, 0, 0, 0)
+    insets: Sides = (0, 0, 0, 0)
+    edges: Sides | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +162,8 @@ class RegionWords:
     margin: int = 0
     z: int = 0
     fit: Fit = "stretch"
-    insets: tuple[int, int, int, int] = (0, 0, 0, 0)
+    insets: Sides = (0, 0, 0, 0)
+    edges: Sides | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +222,15 @@ def check_box(slot: Slot, canvas: Box, where: str) -> None:
 
 
 def check_names(slots: Sequence[Slot], file: str) -> None:
-    """Raise UserError where two slots have one name."""
+    """Raise UserError where two slots have one name, or one that can't be that of a file."""
+    for slot in slots:
+        for name in (slot.name, slot.part):
+            if Path(name).name != name or "\\" in name:
+                where = f"{file} line {slot.line}" if slot.line else file
+                raise UserError(
+                    f"{where}: {name!r} can't be the name of a picture; use a word such as slash, "
+                    "with what the key says as its label"
+                )
     names = [slot.name for slot in slots]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -213,7 +241,7 @@ def region_slot(region: RegionWords) -> Slot:
     """The slot of the region itself."""
     return Slot(
         name=region.name, box=box_of(region.rect), part=region.part or region.name,
-        role="region", z=region.z, fit=region.fit, insets=region.insets,
+        role="region", z=region.z, fit=region.fit, insets=region.insets, edges=region.edges,
     )  # fmt: skip
 
 
@@ -263,7 +291,7 @@ def key_slot(key: KeyWords, box: Box, line: int) -> Slot:
     return Slot(
         name=key.key, box=box, part=key.part or usual.get(key.role, f"{key.role}-key"),
         role=key.role, label=key.key if key.label is None else key.label, z=key.z, fit=key.fit,
-        insets=key.insets, line=line,
+        insets=key.insets, edges=key.edges, line=line,
     )  # fmt: skip
 
 

@@ -6,29 +6,36 @@ side by side are the skin itself. The layout travels inside, as `controlfill.yam
 
 from __future__ import annotations
 
-import io
-import zipfile
-from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from controlfill.errors import UserError
 from controlfill.files import write_whole
-from controlfill.images import open_image, png_bytes
-from controlfill.skins.compose import pressed
-from controlfill.skins.draw import check_size, draw_labels, key_masks, readable_on
-from controlfill.skins.layout import Box, Layout, Slot, read_layout
+from controlfill.images import png_bytes
+from controlfill.skins.archive import (
+    OWN,
+    POINTS,
+    Files,
+    as_hex,
+    dump,
+    find_rows,
+    label_size,
+    layout_words,
+    open_files,
+    own_layout,
+    own_skin,
+    place_tiles,
+    press_keys,
+    preview,
+    zipped,
+)
+from controlfill.skins.draw import check_size, readable_on
+from controlfill.skins.layout import Box, Layout, Slot
 
-OWN = "controlfill.yaml"
 BOARD, SHEET = "keyboard", "sheet"
-# Width of a phone in the points that the format counts in, and height of what is being typed.
-POINTS, PREEDIT = 390, 25
-LONGEST = 64 << 20
-DATE = (2026, 1, 1, 0, 0, 0)
+# Height of what is being typed, in points.
+PREEDIT = 25
 
 
 def export_cskin(image: np.ndarray, layout: Layout, out: Path, labels: bool = True) -> Path:
@@ -42,7 +49,7 @@ def export_cskin(image: np.ndarray, layout: Layout, out: Path, labels: bool = Tr
     tiles = place_tiles(layout, panel, rows)
     bar = Box(0, 0, layout.size[1], panel.box.top)
     files = {"config.yaml": dump(make_config()), OWN: dump(layout_words(layout)),
-             "demo.png": png_bytes(draw_labels(image, layout) if labels else image)}  # fmt: skip
+             "demo.png": png_bytes(preview(image, layout, labels))}  # fmt: skip
     board = dump(make_board(image, layout, panel, rows, labels))
     sheet = png_bytes(np.concatenate([image, press_keys(image, layout)]))
     index = dump(make_index(tiles, bar, layout.size[0]))
@@ -54,48 +61,6 @@ def export_cskin(image: np.ndarray, layout: Layout, out: Path, labels: bool = Tr
         }
     write_whole(out, zipped(files))
     return out
-
-
-def find_rows(layout: Layout) -> tuple[Slot, list[list[Slot]]]:
-    """The region that holds the keys, and those row by row. Raises UserError."""
-    keys = [slot for slot in layout.keys if slot.role != "candidate"]
-    panels = [
-        region
-        for region in layout.slots
-        if region.role == "region" and any(key.box.inside(region.box) for key in keys)
-    ]
-    if len(panels) != 1:
-        raise UserError(
-            f"layout {layout.name} has {len(panels)} panels of keys; a .cskin takes one, as "
-            "qwerty-26 and t9 have"
-        )
-    heights = sorted({key.box.top for key in keys})
-    rows = [sorted((k for k in keys if k.box.top == h), key=lambda k: k.box.left) for h in heights]
-    return panels[0], rows
-
-
-def place_tiles(layout: Layout, panel: Slot, rows: list[list[Slot]]) -> dict[str, Box]:
-    """The tile of each key: to the middle of gaps, and to the borders of the panel."""
-    tiles = {}
-    down = between([(row[0].box.top, row[0].box.bottom) for row in rows], panel.box.top,
-                   panel.box.bottom)  # fmt: skip
-    for row, (top, bottom) in zip(rows, down, strict=True):
-        edges = [(key.box.left, key.box.right) for key in row]
-        for key, (left, right) in zip(row, between(edges, 0, layout.size[1]), strict=True):
-            tiles[key.name] = Box(left, top, right, bottom)
-    return tiles
-
-
-def between(edges: list[tuple[int, int]], start: int, end: int) -> list[tuple[int, int]]:
-    """Spans from `start` to `end` that meet in the middle of the gaps of `edges`."""
-    cuts = [(a[1] + b[0]) // 2 for a, b in pairwise(edges)]
-    return list(zip([start, *cuts], [*cuts, end], strict=True))
-
-
-def press_keys(image: np.ndarray, layout: Layout) -> np.ndarray:
-    """The skin with all keys held down."""
-    held = np.any(key_masks(layout.keys, layout.size), axis=0)
-    return np.where(held[..., None], pressed(image), image)
 
 
 def make_config() -> dict[str, Any]:
@@ -195,19 +160,13 @@ def key_label(key: Slot, tile: Box, scale: float, ink: str) -> dict[str, Any]:
     """The node of a key's label, in the middle of the key within its tile."""
     (height, width), middle = tile.size, key.box.middle
     x, y = (middle[0] - tile.left) / width, (middle[1] - tile.top) / height
-    size = 0.4 * key.box.size[0] * scale * min(1, 4 / len(key.label))
     return {
         f"{key.name}Label": {
-            "buttonStyleType": "text", "text": key.label, "fontSize": round(size, 1),
+            "buttonStyleType": "text", "text": key.label, "fontSize": label_size(key, scale),
             "center": {"x": round(x, 4), "y": round(y, 4)}, "normalColor": ink,
             "highlightColor": ink,
         }
     }  # fmt: skip
-
-
-def as_hex(colour: Any) -> str:
-    """An RGB colour as the format writes it."""
-    return "#" + bytes(int(value) for value in colour).hex().upper()
 
 
 def picture(name: str) -> dict[str, str]:
@@ -222,67 +181,17 @@ def action_of(key: Slot) -> Any:
     return {"character": key.name if len(key.name) == 1 else key.label} if key.label else "none"
 
 
-def layout_words(layout: Layout) -> dict[str, Any]:
-    """The layout as the words of a layout file, every slot with its rectangle."""
-    regions = [
-        {**slot_words(slot), "name": slot.name} for slot in layout.slots if slot.role == "region"
-    ]
-    regions[0]["keys"] = [
-        {**slot_words(slot), "key": slot.name, "label": slot.label, "role": slot.role}
-        for slot in layout.keys
-    ]
-    return {"name": layout.name, "canvas": list(layout.size[::-1]), "regions": regions}
-
-
-def slot_words(slot: Slot) -> dict[str, Any]:
-    """What regions and keys share."""
-    box = asdict(slot.box)
-    rect = [box["left"], box["top"], slot.box.size[1], slot.box.size[0]]
-    return {"rect": rect, "part": slot.part, "z": slot.z, "fit": slot.fit,
-            "insets": list(slot.insets)}  # fmt: skip
-
-
 def open_cskin(file: Path) -> tuple[Layout, np.ndarray]:
     """The layout and the skin (H, W, 3) of a theme that was written here. Raises UserError."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            layout = read_layout(yaml.safe_load(read_part(archive, OWN, file)), f"{file}/{OWN}")
-            sheet = open_image(read_part(archive, f"light/resources/{SHEET}.png", file)).rgb
-    except (OSError, zipfile.BadZipFile, yaml.YAMLError) as error:
-        raise UserError(f"{file} is no .cskin: {' '.join(str(error).split())}") from error
-    return layout, sheet[: layout.size[0]]
+    return read_cskin(open_files(file), file)
 
 
-def read_part(archive: zipfile.ZipFile, name: str, file: Path) -> bytes:
-    """One file of an archive. Raises UserError where it is missing or far too large."""
-    if name not in archive.namelist():
-        raise UserError(f"{file} holds no {name}; only themes that controlfill wrote are opened")
-    if archive.getinfo(name).file_size > LONGEST:
-        raise UserError(f"{file}: {name} is larger than {LONGEST >> 20} MiB")
-    return archive.read(name)
-
-
-def zipped(files: dict[str, bytes]) -> bytes:
-    """An archive of `files`; the same ones always give the same bytes."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in files.items():
-            archive.writestr(zipfile.ZipInfo(name, DATE), data, zipfile.ZIP_DEFLATED)
-    return buffer.getvalue()
-
-
-def dump(words: dict[str, Any]) -> bytes:
-    """`words` as YAML without anchors."""
-    text = yaml.dump(words, Dumper=Unshared, allow_unicode=True, sort_keys=False)
-    return text.encode()
-
-
-class Unshared(yaml.SafeDumper):
-    """A dumper that writes the same thing twice, not a reference to it."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        """Always."""
-        return True
+def read_cskin(files: Files, where: Path) -> tuple[Layout, np.ndarray]:
+    """The same of the files of a theme."""
+    layout = own_layout(files, OWN, where)
+    height, width = layout.size
+    sheet = own_skin(files, f"light/resources/{SHEET}.png", (2 * height, width), where)
+    return layout, sheet[:height]
 
 
 ACTIONS: dict[str, Any] = {

@@ -5,10 +5,14 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
 from pathlib import Path
+from zlib import crc32
 
 import cv2
 import numpy as np
+from PIL import ImageFont
 
 from controlfill.files import write_whole
 from controlfill.images import save_image
@@ -23,6 +27,11 @@ HUES = {
 SHAPES = {"square": 0.02, "rounded": 0.14, "pill": 0.45}
 # How far the brightness of keys lies from that of their ground, of 1.
 CONTRASTS = {"soft": 0.12, "clear": 0.25, "bold": 0.45}
+FONTS = (
+    "DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif.ttf", "DejaVuSerif-Bold.ttf",
+    "DejaVuSansMono-Bold.ttf", "DejaVuSansCondensed.ttf", "LiberationSans-Regular.ttf",
+    "LiberationSerif-Bold.ttf", "Arial.ttf", "Verdana.ttf",
+)  # fmt: skip
 Picture = np.ndarray
 
 
@@ -57,9 +66,40 @@ class Skin:
     theme: Theme
 
 
-def draw_theme(seed: int) -> Theme:
-    """The theme that belongs to a seed."""
-    rng = np.random.default_rng([seed, 77])
+def draw_theme(seed: int, held_out: bool = False) -> Theme:
+    """The theme that belongs to a seed; `held_out` ones have words that no other theme has."""
+    themes = (draw_any(np.random.default_rng([seed, 77, turn]), seed) for turn in count())
+    return next(theme for theme in themes if is_held_out(theme) == held_out)
+
+
+def is_held_out(theme: Theme) -> bool:
+    """Whether a theme is one of the eighth that is kept for measuring."""
+    return crc32(theme.caption.encode()) % 8 == 0
+
+
+def draw_font(seed: int) -> Path | None:
+    """The font of a seed, one of those that the system has; None for Pillow's own."""
+    there = fonts()
+    return there[int(np.random.default_rng([seed, 79]).integers(len(there)))] if there else None
+
+
+@lru_cache
+def fonts() -> tuple[Path, ...]:
+    """Those of `FONTS` that are installed."""
+    return tuple(Path(name) for name in FONTS if is_installed(name))
+
+
+def is_installed(name: str) -> bool:
+    """Whether the system has a font file called `name`."""
+    try:
+        ImageFont.truetype(name, 12)
+    except OSError:
+        return False
+    return True
+
+
+def draw_any(rng: np.random.Generator, seed: int) -> Theme:
+    """A theme of any words."""
     hues = rng.choice(list(HUES), 2)
     return Theme(
         ground=str(rng.choice(list(GROUNDS))), hue=str(hues[0]), key_hue=str(hues[1]),

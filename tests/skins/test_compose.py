@@ -1,5 +1,8 @@
 """Parts become a skin, a skin becomes parts, and those become the same skin again."""
 
+from dataclasses import replace
+
+import cv2
 import numpy as np
 import pytest
 
@@ -86,6 +89,46 @@ def test_fits():
     assert red["contain"][:, :10].sum() == 0  # nothing beside the picture
     with pytest.raises(UserError, match="line 7: insets"):
         FITS["nine-slice"](picture, slot("nine-slice", (20, 0, 20, 0)))
+
+
+NINE = """\
+name: nine
+canvas: [160, 120]
+regions:
+  - name: panel
+    rect: [0, 0, 160, 120]
+    keys: [{key: a, rect: [8, 8, 128, 96], fit: nine-slice, insets: [16, 8, 24, 16]}]
+"""
+
+
+@pytest.mark.parametrize(("height", "width"), [(60, 80), (240, 320), (120, 80), (30, 160)])
+def test_a_skin_at_another_size_is_the_skin_at_that_size(tmp_path, height, width):
+    (tmp_path / "nine.yaml").write_text(NINE)
+    layout = open_layout(str(tmp_path / "nine.yaml"))
+    frame = np.full((48, 64, 3), 240, np.uint8)
+    frame[8:-16, 16:-24] = 20  # bright borders as wide as the insets, a dark middle
+    save_image(tmp_path / "key.png", frame)
+    save_image(tmp_path / "panel.png", np.full((9, 9, 3), 120, np.uint8))
+    large = compose(layout, tmp_path).image
+    assert large[8 + 8, 8 + 16 :].max(axis=1).tolist().index(240) == 128 - 16 - 24
+    other = compose(layout.at((height, width)), tmp_path).image
+    np.testing.assert_array_equal(other, cv2.resize(large, (width, height), None, 0, 0, 0))
+    again = compose(layout.at((height, width)).at((120, 160)), tmp_path).image
+    np.testing.assert_array_equal(again, large)
+
+
+def test_borders_are_drawn_as_wide_as_the_layout_says(tmp_path):
+    (tmp_path / "nine.yaml").write_text(NINE.replace("16]}", "16], edges: [8, 4, 12, 0]}"))
+    key = open_layout(str(tmp_path / "nine.yaml")).keys[0]
+    frame = np.full((48, 64, 4), 240, np.uint8)
+    frame[8:-16, 16:-24] = 20
+    drawn = FITS["nine-slice"](frame, key)[..., 0] < 128
+    assert drawn.shape == (96, 128)
+    assert [axis[[0, -1]].tolist() for axis in np.nonzero(drawn)] == [[4, 95], [8, 115]]
+    with pytest.raises(
+        UserError, match=r"insets \[16, 8, 24, 16\] of a leave nothing between them"
+    ):
+        FITS["nine-slice"](frame, replace(key, edges=(64, 0, 64, 0)))
 
 
 def test_the_commands_walk_the_same_road(tmp_path, capsys):

@@ -111,6 +111,8 @@ def test_signs_that_a_font_lacks_are_named(tmp_path):
         (("rect: [160, 2, 30, 16], ", ""), "line 15: key 'corner' has no rect"),
         (("[{space: 1}, b, c]", "[{space: 1}, b, a]"), "'a' is the name of two slots"),
         (("margin: 4", "margin: 99"), "line 4: a reaches from"),
+        (("[{space: 1}, b, c]", "[{space: 1}, b, /]"), "'/' can't be the name of a picture"),
+        (("key: corner", "key: ../corner"), "line 15: '../corner' can't be the name of a picture"),
         (("rows:", "rows: ["), "while parsing"),
         (("- [a, ", "- [[a], "), "expected `name: value` lines"),
     ],
@@ -121,5 +123,5 @@ def test_mistakes_name_their_line(tmp_path, change, said):
 
 
 def test_there_are_other_layouts_to_name():
-    with pytest.raises(UserError, match="there are keyboard-parts-4, qwerty-26, t9, or a YAML"):
+    with pytest.raises(UserError, match="there are keyboard-parts-4, qwerty-26, t9, t9-zh, or a YAML"):
         open_layout("nothing")

@@ -13,8 +13,9 @@ import yaml
 from controlfill.cli import run
 from controlfill.errors import UserError
 from controlfill.images import open_image, save_image
+from controlfill.skins.archive import layout_words, open_files, zipped
 from controlfill.skins.layout import layouts, open_layout
-from controlfill.skins.theme import export_cskin, layout_words, open_cskin
+from controlfill.skins.theme import export_cskin, open_cskin
 from controlfill.skins.themes import draw_skin, draw_theme
 
 STYLES = ("backgroundStyle", "foregroundStyle", "candidateStyle", "style", "Cell")
@@ -97,6 +98,14 @@ def test_it_opens_again_to_the_same_layout(made):
     np.testing.assert_array_equal(picture, skin)
 
 
+def test_a_sheet_of_another_size_is_refused(made, tmp_path):
+    files = open_files(made[2] / "a.cskin")
+    files["light/resources/sheet.png"] = files["demo.png"]
+    (tmp_path / "b.cskin").write_bytes(zipped(files))
+    with pytest.raises(UserError, match="sheet.png is 768x480; the layout beside it needs 768x960"):
+        open_cskin(tmp_path / "b.cskin")
+
+
 @pytest.mark.parametrize("name", layouts())
 def test_any_layout_can_be_written_and_read(name, tmp_path):
     layout = open_layout(name).at((411, 623))
@@ -126,12 +135,12 @@ def test_the_command_and_its_mistakes(tmp_path, capsys):
         assert ("text: SPACE" in board) == (not more)
     capsys.readouterr()
     assert run(["skin", "export", skin, str(tmp_path / "x.zip"), *words]) == 2
-    assert "NAME.cskin would be" in capsys.readouterr().err
+    assert "x.zip is no name of a theme; NAME.cskin" in capsys.readouterr().err
     four = open_layout("keyboard-parts-4")
     with pytest.raises(UserError, match="has 2 panels of keys"):
         export_cskin(np.zeros((*four.size, 3), np.uint8), four, tmp_path / "y.cskin")
     (tmp_path / "bad.cskin").write_bytes(b"PK\x03\x04 no")
-    with pytest.raises(UserError, match=r"bad\.cskin is no \.cskin"):
+    with pytest.raises(UserError, match=r"bad\.cskin is no theme: File is not a zip"):
         open_cskin(tmp_path / "bad.cskin")
     with zipfile.ZipFile(tmp_path / "other.cskin", "w") as archive:
         archive.writestr("config.yaml", "pinyin: {}")
