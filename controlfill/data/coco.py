@@ -168,7 +168,7 @@ class CocoSource:
     has_hints = False
 
     def __init__(
-        self, image_dir: Path, ann_file: Path, captions_file: Path | None, at_least: int
+        self, image_dir: Path, ann_file: Path, captions_file: Path | None, at_least: int | None
     ) -> None:
         self.image_dir, self.at_least = image_dir, at_least
         self.index = open_index(ann_file)

@@ -15,7 +15,7 @@ import numpy as np
 from controlfill.data.sample import Sample, Source
 from controlfill.data.shards import INDEX, is_unchanged, webdataset
 from controlfill.data.sources import WORLD_PREFIX, Subset, open_source
-from controlfill.data.tables import TABLES, Columns
+from controlfill.data.tables import BOXES, TABLES, TEXTS, Columns
 from controlfill.errors import UserError
 from controlfill.files import read_json, refuse_full_disk, write_json, write_whole
 from controlfill.images import as_rgb
@@ -178,6 +178,9 @@ def _write_row(sample: Sample, folder: Path, name: str, image_format: str) -> di
     for column, (path, picture, kind) in pictures.items():
         write_whole(folder / path, encode_image(picture, kind))
         row[column] = path
+    if sample.labels:
+        row[BOXES] = [label.box.corners() for label in sample.labels]
+        row[TEXTS] = [label.text for label in sample.labels]
     return row
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from controlfill.data.buckets import Buckets
+from controlfill.data.geometry import Label, draw_geometry, move_to_hole
 from controlfill.data.hints import Spec
 from controlfill.data.masks import MaskRecipe, Objects, no_objects
 from controlfill.errors import UserError
-from controlfill.images import from_bytes, resize, resize_mask, white_where
+from controlfill.images import from_bytes, white_where
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,8 @@ class Sample:
     `image` is uint8 RGB (H, W, 3). `mask` is uint8 (H, W), 255 = generate, or None when one is to
     be drawn. `prompts` are other wordings, of which one is drawn each time instead of `prompt`.
     `objects` gives masks of things in the picture, of any size with the picture's aspect. `hint` is
-    the conditioning picture of a general ControlNet, uint8 RGB (H, W, 3) like `image`. `moments`
-    (2, C, h, w) come from a latent cache.
+    the conditioning picture of a general ControlNet, uint8 RGB (H, W, 3) like `image`. `labels` are
+    texts in the picture. `moments` (2, C, h, w) come from a latent cache.
     """
 
     image: np.ndarray
@@ -34,6 +35,7 @@ class Sample:
     prompt: str = ""
     prompts: tuple[str, ...] = ()
     objects: Objects = no_objects
+    labels: tuple[Label, ...] = ()
     name: str = ""
     moments: np.ndarray | None = None
 
@@ -48,65 +50,6 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """One cut, resize and flip, the same for a picture and all that lies on it.
-
-    The largest part of the aspect of `size` (height, width) is cut at the share `place` (0 to 1) of
-    what is left over, then resized: cutting first keeps long thin pictures from growing beyond all
-    memory.
-    """
-
-    size: tuple[int, int]
-    place: float
-    flip: bool
-
-    def of_image(self, image: np.ndarray) -> np.ndarray:
-        """The (*size, 3) cut of a picture of any size."""
-        return resize(self._cut(image), self.size)
-
-    def of_mask(self, mask: np.ndarray) -> np.ndarray:
-        """The cut of a mask of any size, as large as `size`."""
-        return resize_mask(self._cut(mask), self.size)
-
-    def part(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of what is cut from an array of `shape`."""
-        scale = min(length / wanted for length, wanted in zip(shape, self.size, strict=True))
-        height, width = (max(1, round(scale * wanted)) for wanted in self.size)
-        return min(height, shape[0]), min(width, shape[1])
-
-    def _cut(self, array: np.ndarray) -> np.ndarray:
-        shape = (array.shape[0], array.shape[1])
-        height, width = self.part(shape)
-        top, left = round(self.place * (shape[0] - height)), round(self.place * (shape[1] - width))
-        part = array[top : top + height, left : left + width]
-        # OpenCV reads a view as fast as a copy, but not one that runs backwards.
-        return np.ascontiguousarray(part[:, ::-1]) if self.flip else part
-
-
-def draw_geometry(
-    size: tuple[int, int],
-    rng: np.random.Generator,
-    crop: str = "random",
-    random_flip: bool = False,
-) -> Geometry:
-    """A cut of `size` at random or from the centre, mirrored half of the time if asked."""
-    place = 0.5 if crop == "center" else float(rng.uniform())
-    return Geometry(size=size, place=place, flip=random_flip and bool(rng.uniform() < 0.5))
-
-
-def move_to_hole(geometry: Geometry, mask: np.ndarray, rng: np.random.Generator) -> Geometry:
-    """`geometry`, moved so that its cut shows some of the mask's white."""
-    if geometry.of_mask(mask).any():
-        return geometry
-    shape = (mask.shape[0], mask.shape[1])
-    spare = [length - cut for length, cut in zip(shape, geometry.part(shape), strict=True)]
-    axis = int(spare[1] > spare[0])
-    spots = np.nonzero(mask.any(axis=1 - axis))[0]
-    start = spots[rng.integers(len(spots))] - geometry.part(shape)[axis] / 2
-    return replace(geometry, place=float(np.clip(start / spare[axis], 0, 1)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +92,7 @@ class Preparation:
             image=geometry.of_image(sample.image),
             mask=mask,
             hint=None if sample.hint is None else geometry.of_image(sample.hint),
+            labels=geometry.of_labels(sample.labels, sample.image.shape[:2]),
             prompt=str(rng.choice(sample.prompts)) if sample.prompts else sample.prompt,
             prompts=(),
             objects=no_objects,
@@ -177,7 +121,7 @@ class Batch:
 
     `image` (B, 3, H, W) in [0, 1], `mask` (B, 1, H, W) of 0 and 1, `hint` as its spec says, the
     prompts, and why pictures had to be skipped on the way. `moments` (B, 2, C, h, w), from a latent
-    cache, are mean and deviation of the VAE's posterior.
+    cache, are mean and deviation of the VAE's posterior. `labels` are each picture's texts.
     """
 
     image: Tensor
@@ -186,12 +130,27 @@ class Batch:
     prompts: list[str]
     skipped: list[str] = field(default_factory=list)
     moments: Tensor | None = None
+    labels: list[tuple[Label, ...]] = field(default_factory=list)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
         image, mask, hint = (t.to(device) for t in (self.image, self.mask, self.hint))
         moments = None if self.moments is None else self.moments.to(device)
         return replace(self, image=image, mask=mask, hint=hint, moments=moments)
+
+    def take(self, rows: Sequence[int]) -> Batch:
+        """The pictures of `rows`, in that order; one may come twice."""
+        places = torch.tensor(rows, device=self.image.device)
+        image, mask, hint = (t[places] for t in (self.image, self.mask, self.hint))
+        return replace(
+            self,
+            image=image,
+            mask=mask,
+            hint=hint,
+            prompts=[self.prompts[row] for row in rows],
+            moments=None if self.moments is None else self.moments[places],
+            labels=[self.labels[row] for row in rows] if self.labels else [],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +167,7 @@ class Stack:
     skipped: list[str]
     moments: Tensor | None
     spec: Spec
+    labels: list[tuple[Label, ...]] = field(default_factory=list)
 
     def pin_memory(self) -> Stack:
         """The same in page-locked memory, from which a GPU copies without waiting."""
@@ -231,6 +191,7 @@ class Stack:
             prompts=self.prompts,
             skipped=self.skipped,
             moments=here.moments,
+            labels=self.labels,
         )
 
 
@@ -247,6 +208,7 @@ def stack(samples: Sequence[Sample], spec: Spec, skipped: Sequence[str] = ()) ->
         skipped=list(skipped),
         moments=torch.from_numpy(np.stack(moments)) if moments else None,
         spec=spec,
+        labels=[s.labels for s in samples],
     )
 
 
@@ -324,7 +286,7 @@ class PreparedSource(torch.utils.data.Dataset[tuple[Sample, list[str]]]):
         rng = np.random.default_rng(0)
         size = self.buckets.size_of(index) if self.buckets else None
         sample = self.source[index]
-        bare = replace(sample, hint=sample.image, objects=no_objects)
+        bare = replace(sample, hint=sample.image, objects=no_objects, labels=())
         cut = self.preparation(bare, rng, size, cut_rng(self.seed, variant, index)).image
         return cut, list(sample.prompts or [sample.prompt])
 

@@ -94,7 +94,7 @@ class ShardStream:
 
     def __init__(self, where: str, options: DataOptions) -> None:
         self.where, self.seed, self.buffer = where, options.seed, options.shuffle_buffer
-        self.at_least, self.limit = options.image_size, options.max_train_samples
+        self.at_least, self.limit = options.least_side, options.max_train_samples
         self.is_remote = where.startswith(REMOTE)
         self.urls = expand(where)
         columns = Columns.of(options)

@@ -11,6 +11,7 @@ from controlfill.data.coco import CocoSource
 from controlfill.data.masks import make_recipe
 from controlfill.data.sample import Preparation, Sample, Source
 from controlfill.data.shards import ShardStream, is_shard_folder, names_shards
+from controlfill.data.skin_world import SKIN_WORLDS, SkinSource
 from controlfill.data.tables import HUB_PREFIX, TABLES, Columns, HubSource, TableSource, read_sizes
 from controlfill.data.worlds import HELD_OUT, Picture, World, open_world
 from controlfill.errors import UserError
@@ -55,7 +56,7 @@ class FolderSource:
 
     has_hints = False
 
-    def __init__(self, image_dir: Path, mask_dir: Path | None, at_least: int) -> None:
+    def __init__(self, image_dir: Path, mask_dir: Path | None, at_least: int | None) -> None:
         self.image_dir, self.mask_dir, self.at_least = image_dir, mask_dir, at_least
         self.files = find_pictures(image_dir)
         if not self.files:
@@ -102,6 +103,7 @@ class Subset:
         self.source, self.count = source, min(count, len(source))
         self.missing: list[str] = getattr(source, "missing", [])
         self.has_hints: bool = getattr(source, "has_hints", False)
+        self.signs: str = getattr(source, "signs", "")
 
     def __len__(self) -> int:
         return self.count
@@ -137,10 +139,9 @@ def open_source(where: str, options: DataOptions, *, held_out: bool = False) -> 
 
 def _open(where: str, options: DataOptions, held_out: bool) -> Source:
     if where.startswith(WORLD_PREFIX):
-        world = open_world(where.removeprefix(WORLD_PREFIX))
-        return WorldSource(world, options.image_size, HELD_OUT if held_out else 0)
+        return _open_world(where.removeprefix(WORLD_PREFIX), options.image_size, held_out)
     if where.startswith(HUB_PREFIX):
-        return HubSource(where, Columns.of(options), options.image_size)
+        return HubSource(where, Columns.of(options), options.least_side)
     if Path(where).is_dir():
         return _open_folder(Path(where), options)
     if names_shards(where):
@@ -148,16 +149,24 @@ def _open(where: str, options: DataOptions, held_out: bool) -> Source:
     raise UserError(f"{where} is no folder; give a folder of pictures, or world:shapes")
 
 
+def _open_world(name: str, side: int, held_out: bool) -> Source:
+    """The world called `name`: of shapes, or of keyboard skins."""
+    first = HELD_OUT if held_out else 0
+    if name in SKIN_WORLDS:
+        return SkinSource(SKIN_WORLDS[name], first, WORLD_EPOCH, held_out)
+    return WorldSource(open_world(name), side, first)
+
+
 def _open_folder(folder: Path, options: DataOptions) -> Source:
     """The source that a folder is, by what lies in it."""
     if options.ann_file:
-        return CocoSource(folder, options.ann_file, options.captions_file, options.image_size)
+        return CocoSource(folder, options.ann_file, options.captions_file, options.least_side)
     table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
     if table:
-        return TableSource(table, Columns.of(options), options.image_size)
+        return TableSource(table, Columns.of(options), options.least_side)
     if is_shard_folder(folder):
         return ShardStream(str(folder), options)
-    return FolderSource(folder, options.mask_dir, options.image_size)
+    return FolderSource(folder, options.mask_dir, options.least_side)
 
 
 def check_companions(where: str, options: DataOptions) -> None:

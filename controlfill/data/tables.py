@@ -8,18 +8,23 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil, floor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from controlfill.data.geometry import Label
 from controlfill.data.sample import Sample
 from controlfill.errors import UserError
 from controlfill.images import ORIENTATION, Photo, open_image, photo_of, resize, upright
 from controlfill.options import DataOptions
+from controlfill.skins.layout import Box
 
 TABLES = ("train.jsonl", "metadata.jsonl", "metadata.csv")
+# Columns of texts in pictures: polygons in pixels, and what each says.
+BOXES, TEXTS = "box", "texts"
 HUB_PREFIX = "hf:"
 EXTRA = "pip install 'controlfill[data]'"
 # EXIF orientations from this one on lie on their side.
@@ -93,17 +98,18 @@ class TableSource:
     Raises UserError, with file and line, for rows that can't be meant.
     """
 
-    def __init__(self, table: Path, columns: Columns, at_least: int) -> None:
+    def __init__(self, table: Path, columns: Columns, at_least: int | None) -> None:
         self.folder, self.at_least = table.parent, at_least
-        rows = list(_read_rows(table))
+        rows = list(read_rows(table))
         if not rows:
             raise UserError(f"{table} holds no rows; each line names a picture")
         there = list(dict.fromkeys(key for _, row in rows for key in row))
         columns = columns.find(there, str(table))
         self.has_hints = bool(columns.hint)
-        images = [_path(row, columns.image, line) for line, row in rows]
-        hints = [_path(row, columns.hint, line) for line, row in rows] if self.has_hints else []
+        images = [path_of(row, columns.image, line) for line, row in rows]
+        hints = [path_of(row, columns.hint, line) for line, row in rows] if self.has_hints else []
         words = [join_words(row.get(columns.caption), line) for line, row in rows]
+        labels = [join_labels(row, line) for line, row in rows]
         absent = _absent(self.folder, {*images, *hints})
         pairs = zip(images, hints or images, strict=True)
         kept = [not (image in absent or hint in absent) for image, hint in pairs]
@@ -113,10 +119,11 @@ class TableSource:
                 f"none of the {len(rows)} rows of {table} has its pictures in {self.folder}; the "
                 f"first that is missing is {self.missing[0]}"
             )
-        self.images, self.hints, self.words = (
+        self.images, self.hints, self.words, self.labels = (
             Texts([text for text, keep in zip(texts, kept, strict=False) if keep])
-            for texts in (images, hints, words)
+            for texts in (images, hints, words, labels)
         )
+        self.signs = find_signs(self.labels)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -127,14 +134,16 @@ class TableSource:
         hint = None
         if self.has_hints:
             hint = fit_hint(open_image(self.folder / self.hints[index]).rgb, photo.rgb, name)
-        return Sample(image=photo.rgb, hint=hint, name=name, **split_words(self.words[index]))
+        labels = split_labels(self.labels[index], self.folder / name, photo.size)
+        words = split_words(self.words[index])
+        return Sample(image=photo.rgb, hint=hint, name=name, labels=labels, **words)
 
     def sizes(self) -> np.ndarray:
         """(N, 2) of height and width, read from the files' headers."""
         return read_sizes(self.folder / self.images[i] for i in range(len(self)))
 
 
-def _read_rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row with the place (file:line) that errors name."""
     try:
         text = table.read_text("utf-8-sig")
@@ -168,7 +177,7 @@ def _read_csv(table: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{table}:{reader.line_num} is no CSV: {error}") from error
 
 
-def _path(row: dict[str, Any], column: str, place: str) -> str:
+def path_of(row: dict[str, Any], column: str, place: str) -> str:
     """The row's path in `column`, which must stay in the folder of the table."""
     value = row.get(column)
     if not isinstance(value, str) or not value:
@@ -191,6 +200,52 @@ def split_words(words: str) -> dict[str, Any]:
     """The `prompt`, or the `prompts`, of a text with NUL between wordings."""
     wordings = tuple(part for part in words.split("\0") if part)
     return {"prompts": wordings} if len(wordings) > 1 else {"prompt": "".join(wordings)}
+
+
+def join_labels(row: dict[str, Any], place: str) -> str:
+    """The columns `box` (polygons) and `texts` of a row as one text; "" for a row without.
+
+    A text that is null is there but unknown. Raises UserError for what can't be meant.
+    """
+    polygons, texts = row.get(BOXES) or [], row.get(TEXTS) or []
+    if not polygons and not texts:
+        return ""
+    try:
+        boxes = [around(polygon) for polygon in polygons]
+    except (TypeError, ValueError, IndexError) as error:
+        raise UserError(
+            f"{place}: {BOXES!r} holds {polygons!r:.60}; a list of polygons [[x, y], ...] is wanted"
+        ) from error
+    known = all(isinstance(text, str | None) and text != "" for text in texts)
+    if not known or len(boxes) != len(texts):
+        raise UserError(
+            f"{place}: {len(boxes)} polygons in {BOXES!r} and {len(texts)} words in {TEXTS!r}; "
+            "each polygon needs its text, or null"
+        )
+    return json.dumps([[text, *box] for text, box in zip(texts, boxes, strict=True)])
+
+
+def around(polygon: Sequence[Sequence[float]]) -> tuple[int, int, int, int]:
+    """The box around a polygon: left, top, right, bottom."""
+    x, y = ([float(point[axis]) for point in polygon] for axis in (0, 1))
+    return floor(min(x)), floor(min(y)), ceil(max(x)), ceil(max(y))
+
+
+def split_labels(words: str, file: Path, size: tuple[int, int]) -> tuple[Label, ...]:
+    """The labels that `join_labels` wrote, on `file` as it was decoded, at `size`."""
+    if not words:
+        return ()
+    height, width = read_size(file)
+    down, right = size[0] / height, size[1] / width
+    return tuple(
+        Label(text=text, box=Box(*box).scaled(down, right)) for text, *box in json.loads(words)
+    )
+
+
+def find_signs(labels: Texts) -> str:
+    """Every sign that labels hold, sorted: the alphabet of a data set."""
+    rows = (json.loads(labels[row]) for row in range(len(labels)) if labels[row])
+    return "".join(sorted({sign for row in rows for text, *_ in row for sign in text or ""}))
 
 
 def _absent(folder: Path, names: set[str]) -> set[str]:
@@ -242,7 +297,7 @@ class HubSource:
     A folder that `save_to_disk` wrote is opened as it is; anything else goes to `load_dataset`.
     """
 
-    def __init__(self, where: str, columns: Columns, at_least: int) -> None:
+    def __init__(self, where: str, columns: Columns, at_least: int | None) -> None:
         self.where, self.at_least = where, at_least
         data = open_hub(where)
         self.columns = columns.find(list(data.column_names), where)

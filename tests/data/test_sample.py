@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from controlfill.data.geometry import Label, draw_geometry
 from controlfill.data.hints import open_spec
 from controlfill.data.masks import make_recipe
-from controlfill.data.sample import Preparation, PreparedSource, Sample, collate, draw_geometry
+from controlfill.data.sample import Preparation, PreparedSource, Sample, collate
 from controlfill.data.sources import WorldSource
 from controlfill.data.worlds import open_world
 from controlfill.errors import UserError
 from controlfill.options import MASK_KINDS
+from controlfill.skins.layout import Box
 from controlfill.training.batches import calm_worker, collate_prepared
 
 SPEC = open_spec("masked-image")
@@ -80,7 +82,7 @@ def test_crop_and_flip_move_image_mask_and_objects_together():
 
 def test_centre_crops_are_centred_and_random_ones_move():
     rngs = [np.random.default_rng(i) for i in range(8)]
-    assert {draw_geometry((40, 40), rng, "center").place for rng in rngs} == {0.5}
+    assert {draw_geometry((40, 40), rng, "center").place for rng in rngs} == {(0.5, 0.5)}
     assert len({draw_geometry((40, 40), rng).place for rng in rngs}) == 8
 
 
@@ -157,3 +159,38 @@ def test_a_batch_has_the_promised_ranges():
     assert 0 <= batch.image.min() <= batch.image.max() <= 1
     assert set(batch.mask.unique().tolist()) == {0.0, 1.0}
     assert batch.hint.min() == -1
+
+
+@pytest.mark.parametrize("crop", ["random", "patch"])
+@pytest.mark.parametrize("seed", range(20))
+def test_labels_stay_on_what_they_name(crop, seed):
+    # A white box on black, at an even place, so that every cut shows it where the label says.
+    image = np.zeros((96, 160, 3), np.uint8)
+    box = Box(64, 32, 96, 64)
+    box.of(image)[:] = 255
+    unknown = Label(text=None, box=box)
+    cut = draw_geometry((48, 48), np.random.default_rng(seed), crop, random_flip=seed % 2 == 1)
+    small = cut.of_image(image)
+    for label in cut.of_labels([unknown], (96, 160)):
+        inside = np.zeros((48, 48), bool)
+        label.box.of(inside)[:] = True
+        assert small[inside].min() > 100
+        assert small[~inside].max() < 160
+    if not cut.of_labels([unknown], (96, 160)):
+        assert small.max() < 160
+    for label in cut.of_labels([Label(text="A", box=box)], (96, 160)):
+        assert label.text == "A"
+        assert not cut.flip
+        assert min(label.box.size) == (32 if crop == "patch" else 16)
+
+
+def test_a_patch_keeps_the_scale_and_comes_from_everywhere():
+    image = np.random.default_rng(0).integers(0, 255, (60, 90, 3)).astype(np.uint8)
+    cuts = [draw_geometry((32, 32), np.random.default_rng(s), "patch") for s in range(30)]
+    found = {(round(c.place[0] * 28), round(c.place[1] * 58)) for c in cuts}
+    for cut, (top, left) in ((c, (round(c.place[0] * 28), round(c.place[1] * 58))) for c in cuts):
+        assert np.array_equal(cut.of_image(image), image[top : top + 32, left : left + 32])
+    assert len({top for top, _ in found}) > 10
+    assert len({left for _, left in found}) > 10
+    small = draw_geometry((32, 32), np.random.default_rng(0), "patch")
+    assert small.of_image(image[:20]).shape == (32, 32, 3)
