@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from controlfill import options as opts
+from controlfill.cli_prepare import PREPARES
+from controlfill.cli_skin_generate import SKIN_GENERATE
 from controlfill.cli_skins import SKINS
 from controlfill.console import (
     ERR,
@@ -78,7 +80,7 @@ def train(options: opts.TrainOptions) -> None:
     from controlfill.training.run import train as train_steps
 
     with training_bar(options.log_steps) as show:
-        for step in train_steps(options):
+        for step in train_steps(options.rehearsed()):
             show(step)
 
 
@@ -88,7 +90,7 @@ def train_lightning(options: opts.LightningOptions) -> None:
     from controlfill.training.lightning import train_lightning as fit
 
     with training_bar(options.log_every_n_steps) as show:
-        fit(options, on_step=show)
+        fit(options.rehearsed(), on_step=show)
 
 
 @contextmanager
@@ -336,9 +338,11 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "zoom": (opts.ZoomOptions, zoom),
     "infer": (opts.InferOptions, infer),
     **SKINS,
+    **SKIN_GENERATE,
     "generate": (opts.GenerateOptions, generate),
     "evaluate": (opts.EvaluateOptions, evaluate),
     "cache": (opts.CacheOptions, cache),
     "prepare table": (opts.PrepareTableOptions, prepare_table),
     "prepare shards": (opts.PrepareShardsOptions, prepare_shards),
+    **PREPARES,
 }

@@ -1,7 +1,9 @@
-"""Puts a trained base and its inpaint ControlNet into the package, in half precision.
+"""Puts a trained base and its ControlNet into the package, in half precision.
 
     python recipes/ship_embedded.py --base outputs/embedded/base \
         --control outputs/controlnet_inpainting_<time>/final_model
+
+`--name embedded-skins` ships them as the base of keyboard skins.
 """
 
 from __future__ import annotations
@@ -19,22 +21,24 @@ from controlfill.models.controlnet import find_controlnet, read_control_header, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--name", choices=embedded.FOLDERS, default=embedded.EMBEDDED)
     parser.add_argument("--base", type=Path)
     parser.add_argument("--control")
     options = parser.parse_args()
+    name, folder = options.name, embedded.FOLDERS[options.name]
     if options.base:
-        shutil.copytree(options.base, embedded.FOLDER, dirs_exist_ok=True)
+        shutil.copytree(options.base, folder, dirs_exist_ok=True)
     if options.control:
         header = read_control_header(find_controlnet(options.control))
         assert header is not None
-        network = load(embedded.EMBEDDED, options.control, device="cpu").network
+        network = load(name, options.control, device="cpu").network
         assert network is not None
-        with write_folder(embedded.CONTROL_FOLDER) as folder:
-            save_controlnet(network.half(), folder, replace(header, base=embedded.EMBEDDED))
-    for file in embedded.FOLDER.rglob("*.*"):
+        with write_folder(embedded.CONTROLS[name]) as written:
+            save_controlnet(network.half(), written, replace(header, base=name))
+    for file in folder.rglob("*.*"):
         file.chmod(0o644)
-    weights = embedded.FOLDER.rglob("*.safetensors")
-    print(f"{sum(f.stat().st_size for f in weights) / 1e6:.1f} MB in {embedded.FOLDER}")
+    weights = folder.rglob("*.safetensors")
+    print(f"{sum(f.stat().st_size for f in weights) / 1e6:.1f} MB in {folder}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,9 @@ CONTROL = DATA | {
     "hole_weight", "gradient_checkpointing", "enable_xformers_memory_efficient_attention",
     "torch_compile", "allow_tf32", "val_split", "validation_image", "validation_mask",
     "validation_prompt", "num_validation_images", "output_dir", "save_steps", "num_workers",
-    "report_to", "push_to_hub", "hub_model_id", "resume_from_checkpoint",
+    "report_to", "push_to_hub", "hub_model_id", "resume_from_checkpoint", "text_box_weight",
+    "text_loss", "text_loss_feature", "text_loss_ctc", "text_loss_weighting", "text_loss_max_t",
+    "text_loss_labels", "text_loss_ocr", "rehearse",
 }  # fmt: skip
 FLAGS = {
     "demo": {"output_dir", "max_steps", "num_samples", "seed"},
@@ -66,6 +68,24 @@ FLAGS = {
     "skin export": {"layout", "size", "image", "out", "labels"},
     "skin themes": {"layout", "size", "out", "count", "seed"},
     "skin check": {"layout", "size", "image"},
+    "skin import": {"layout", "size", "source", "out", "parts"},
+    "skin generate": SAMPLE
+    | {
+        "layout", "size", "font", "control", "base", "prompts", "hint", "labels", "theme", "slices",
+    },
+    "skin report": {
+        "skins", "layout", "size", "labels", "font", "ocr", "loss_ocr", "output", "json",
+    },
+    "prepare skins": {
+        "layout", "size", "font", "prefix", "suffix", "skins", "out", "hint", "shared_hint", "text",
+        "picture_texts", "incomplete", "caption", "image_format",
+    },
+    "prepare canny": DATA | {"data", "out", "low", "high", "size", "count", "image_format"},
+    "prepare captions": {
+        "data", "prefix", "suffix", "model", "captions", "batch_size", "max_new_tokens", "device",
+        "overwrite",
+    },
+    "prepare glyphs": {"data", "confidence", "font", "overwrite"},
     "generate": SAMPLE | {"hint", "control", "base"},
     "inpaint": HOLE | {"image", "mask", "control", "base"},
     "outpaint": SAMPLE
@@ -182,7 +202,7 @@ def test_positional_options_may_come_from_yaml(tmp_path):
     [
         ("batchsize: 8", "batchsize is no option; there are: "),
         ("batch_size: many", "batch_size: .*found 'many'"),
-        ("crop: left", "crop: .*'random' or 'center'"),
+        ("crop: left", "crop: .*'random', 'center' or 'patch'"),
         ("just words", "holds no `option: value` lines"),
         ("a: [", "can't be read"),
     ],

@@ -7,16 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from controlfill.data.sample import Batch
 from controlfill.diffusion.condition import latent_mask
 from controlfill.diffusion.noise import NoiseSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weighting:
-    """How errors are weighted: `snr_gamma` of Min-SNR (None: not), `hole` against known pixels."""
+    """How errors are weighted: `snr_gamma` of Min-SNR (None: not), `hole` against known pixels.
+
+    `text` is what the boxes of labels count against the rest.
+    """
 
     snr_gamma: float | None = None
     hole: float = 1.0
+    text: float = 1.0
 
 
 def snr_weights(schedule: NoiseSchedule, timesteps: Tensor, gamma: float) -> Tensor:
@@ -36,13 +41,23 @@ def snr_weights(schedule: NoiseSchedule, timesteps: Tensor, gamma: float) -> Ten
     return capped / (snr + 1)
 
 
-def hole_weights(mask: Tensor, factor: int, weight: float) -> Tensor:
-    """Weights (B, 1, h, w) of mean 1 at latent size: cells of the hole count `weight` times.
+def cell_weights(batch: Batch, factor: int, weighting: Weighting) -> Tensor | None:
+    """Weights (B, 1, h, w) of mean 1 at latent size; None where all count alike.
 
-    `mask` is (B, 1, H, W) of 0 and 1; `factor` is pixels per latent cell.
+    Cells of the hole and those of labels count as `weighting` says. Texts that nobody knows count
+    nothing (Tuo et al. 2024, "AnyText"). `factor` is pixels per latent cell.
     """
-    cells = 1 + (weight - 1) * latent_mask(mask, factor)
-    return cells / cells.mean(dim=(1, 2, 3), keepdim=True)
+    unknown = any(label.text is None for labels in batch.labels for label in labels)
+    if weighting.hole == 1 and weighting.text == 1 and not unknown:
+        return None
+    cells = 1 + (weighting.hole - 1) * latent_mask(batch.mask, factor)
+    for row, labels in enumerate(batch.labels):
+        for label in labels:
+            b = label.box
+            down = slice(b.top // factor, -(-b.bottom // factor))
+            across = slice(b.left // factor, -(-b.right // factor))
+            cells[row, :, down, across] *= 0 if label.text is None else weighting.text
+    return cells / cells.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
 
 
 def split_means(errors: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:

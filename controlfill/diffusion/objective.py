@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,8 +12,9 @@ from controlfill.data.hints import Spec
 from controlfill.data.sample import Batch
 from controlfill.diffusion.condition import encode_condition, latent_mask
 from controlfill.diffusion.denoiser import ControlDenoiser
-from controlfill.diffusion.losses import Weighting, hole_weights, snr_weights, split_means
+from controlfill.diffusion.losses import Weighting, cell_weights, snr_weights, split_means
 from controlfill.diffusion.noise import NoiseSchedule
+from controlfill.diffusion.text_loss import TextLoss, gather
 from controlfill.models.bundle import Bundle
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -27,12 +28,50 @@ def step_rng(seed: int, rank: int, micro_batch: int) -> torch.Generator:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Unweighted errors of a batch, each (B,): all of it, its hole, its known part; their times."""
+    """Unweighted errors of a batch, each (B,): all of it, its hole, its known part; their times.
+
+    `texts` are what its labels cost and how they are read, by name (N,), at the times `text_times`.
+    """
 
     loss: Tensor
     hole: Tensor
     known: Tensor
     timesteps: Tensor
+    texts: dict[str, Tensor] = field(default_factory=dict)
+    text_times: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a batch costs, (B,), differentiable; and the means of its `parts`, by name."""
+
+    losses: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """Latents, the same noised to `timesteps`, what was predicted of them, and what was wanted."""
+
+    latents: Tensor
+    noisy: Tensor
+    prediction: Tensor
+    target: Tensor
+    timesteps: Tensor
+
+    def errors(self) -> Tensor:
+        """Squared errors (B, C, h, w)."""
+        return (self.prediction.float() - self.target.float()).square()
+
+    def after(self, count: int) -> Seen:
+        """What there is beyond the first `count` samples."""
+        return Seen(
+            latents=self.latents[count:],
+            noisy=self.noisy[count:],
+            prediction=self.prediction[count:],
+            target=self.target[count:],
+            timesteps=self.timesteps[count:],
+        )
 
 
 class Objective:
@@ -49,20 +88,42 @@ class Objective:
         empty_prompts: float = 0.0,
         noise_offset: float = 0.0,
         weighting: Weighting = Weighting(),  # noqa: B008  (frozen)
+        reading: TextLoss | None = None,
     ) -> None:
         self.bundle, self.spec = bundle, spec
         self.empty_prompts, self.noise_offset = empty_prompts, noise_offset
-        self.weighting = weighting
+        self.weighting, self.reading = weighting, reading
         self.schedule = NoiseSchedule(bundle.scheduler_config)
         self.denoiser = ControlDenoiser(bundle.unet)
 
     def __call__(self, network: nn.Module, batch: Batch, rng: torch.Generator) -> Tensor:
         """The weighted mean squared error of each sample, (B,), differentiable in `network`."""
-        timesteps = self.schedule.draw_timesteps(len(batch.prompts), rng)
-        errors = self._errors(network, self._drop_prompts(batch, rng), timesteps, rng)
-        if self.weighting.hole != 1:
-            errors = errors * hole_weights(batch.mask, self.bundle.factor, self.weighting.hole)
-        losses = errors.mean(dim=(1, 2, 3))
+        return self.cost(network, batch, rng).losses
+
+    def cost(self, network: nn.Module, batch: Batch, rng: torch.Generator) -> Cost:
+        """The same, with the text loss if there is one, and the parts it is made of.
+
+        Samples whose labels are read come a second time in the same forward pass, at times of their
+        own: at most times nothing could be read in what is predicted.
+        """
+        count = len(batch.prompts)
+        timesteps = self.schedule.draw_timesteps(count, rng)
+        batch = self._drop_prompts(batch, rng)
+        reading = self.reading
+        rows, spots = gather(reading.draw(batch, rng) if reading is not None else [])
+        if reading is None or not rows:
+            seen = self._see(network, batch, timesteps, rng)
+            return Cost(losses=self._losses(seen.errors(), batch, timesteps))
+        timesteps = torch.cat([timesteps, reading.draw_times(self.schedule, len(rows), rng)])
+        seen = self._see(network, batch.take([*range(count), *rows]), timesteps, rng)
+        losses = self._losses(seen.errors()[:count], batch, timesteps[:count])
+        text, parts = reading.cost(self.bundle, self.schedule, seen.after(count), spots)
+        return Cost(losses=losses + text, parts=parts)
+
+    def _losses(self, errors: Tensor, batch: Batch, timesteps: Tensor) -> Tensor:
+        """The means (B,) of `errors` (B, C, h, w), weighted by place and by time."""
+        cells = cell_weights(batch, self.bundle.factor, self.weighting)
+        losses = (errors if cells is None else errors * cells).mean(dim=(1, 2, 3))
         if self.weighting.snr_gamma is not None:
             weights = snr_weights(self.schedule, timesteps, self.weighting.snr_gamma)
             losses = losses * weights.to(losses)
@@ -80,17 +141,21 @@ class Objective:
         """
         places = first + torch.arange(len(batch.prompts), dtype=torch.float64)
         timesteps = ((0.5 + places * GOLDEN) % 1 * self.schedule.steps).long()
-        errors = self._errors(network, batch, timesteps, rng)
+        seen = self._see(network, batch, timesteps, rng)
+        errors, texts, times = seen.errors(), {}, timesteps[:0]
+        if self.reading is not None:
+            texts, times = self.reading.measure(self.bundle, self.schedule, seen, batch)
         cells = latent_mask(batch.mask, self.bundle.factor).to(errors)
         hole, known = split_means(errors, cells)
         return Measured(
-            loss=errors.mean(dim=(1, 2, 3)), hole=hole, known=known, timesteps=timesteps
-        )
+            loss=errors.mean(dim=(1, 2, 3)), hole=hole, known=known, timesteps=timesteps,
+            texts=texts, text_times=times,
+        )  # fmt: skip
 
-    def _errors(
+    def _see(
         self, network: nn.Module, batch: Batch, timesteps: Tensor, rng: torch.Generator
-    ) -> Tensor:
-        """Squared errors (B, C, h, w) of what is predicted for latents noised to `timesteps`.
+    ) -> Seen:
+        """What is predicted for latents noised to `timesteps`.
 
         The target is the base's own kind (Ho et al. 2020 for epsilon, Salimans and Ho 2022 for v).
         """
@@ -99,9 +164,13 @@ class Objective:
         noise = self._noise(latents, rng)
         condition = encode_condition(self.bundle, self.spec, batch)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
-        prediction = self.denoiser(network, noisy, timesteps, condition)
-        target = self.schedule.target(latents, noise, timesteps)
-        return (prediction.float() - target.float()).square()
+        return Seen(
+            latents=latents,
+            noisy=noisy,
+            prediction=self.denoiser(network, noisy, timesteps, condition),
+            target=self.schedule.target(latents, noise, timesteps),
+            timesteps=timesteps,
+        )
 
     def _latents(self, batch: Batch, rng: torch.Generator) -> Tensor:
         """Latents drawn from the posterior: the cached one, or that of the VAE."""

@@ -130,14 +130,14 @@ def load(
 ) -> Pipeline:
     """Load a base and a ControlNet; without either, the embedded pair.
 
-    `control` is a checkpoint, final_model, diffusers folder, .safetensors file or `embedded`;
+    `control` is a checkpoint, final_model, diffusers folder, .safetensors file, or `embedded`;
     `base` is taken from its header when not given; one with a 9-channel inpaint UNet also works
     without `control`. `conditioning` is needed only for foreign
     weights, which don't say what they were trained with. `engine` is torch, or openvino for CPUs,
     which reckons in `mixed_precision` inside. Raises UserError.
     """
-    if control is None and base in (None, embedded.EMBEDDED):
-        control = embedded.EMBEDDED
+    if control is None and (base is None or base in embedded.CONTROLS):
+        control = base or embedded.EMBEDDED
     if control is None:
         bundle, network, spec = load_alone(str(base)), None, HOLE_SPEC
     else:

@@ -116,10 +116,14 @@ class Bundle:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """The picture (B, 3, H, W) in [0, 1] of `latents`."""
+        return self.decode_freely(latents).clamp(0, 1)
+
+    def decode_freely(self, latents: Tensor) -> Tensor:
+        """The picture (B, 3, H, W), differentiable, with what stands out of [0, 1]."""
         latents = latents / self.vae.config["scaling_factor"] + self._shift
         vae: Any = self.vae
         image = vae.decode(latents.to(vae.dtype)).sample
-        return (image.float() / 2 + 0.5).clamp(0, 1)
+        return image.float() / 2 + 0.5
 
     @property
     def _shift(self) -> float:
@@ -184,8 +188,8 @@ def load_bundle(name: str, inpainting: bool = False) -> Bundle:
 
 def find_base(name: str) -> str:
     """The folder or hub id to load for `name`. Raises UserError when it can be neither."""
-    if name == embedded.EMBEDDED:
-        return str(embedded.FOLDER)
+    if name in embedded.FOLDERS:
+        return str(embedded.FOLDERS[name])
     if Path(name).is_dir():
         if not (Path(name) / "model_index.json").is_file():
             raise UserError(f"{name} is no diffusers folder: model_index.json is missing")

@@ -103,11 +103,12 @@ def save_controlnet(
 
 
 def find_controlnet(where: str) -> Path:
-    """The weights file that `where` means: a file, a folder, a run, or `embedded`.
+    """The weights file that `where` means: a file, a folder, a run, or the name of
+    an embedded base.
 
     A folder of runs means its newest. Raises UserError when there is none.
     """
-    path = embedded.CONTROL_FOLDER if where == embedded.EMBEDDED else Path(where)
+    path = embedded.CONTROLS.get(where, Path(where))
     if path.is_file():
         return path
     if not path.is_dir():

@@ -17,9 +17,15 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-EMBEDDED = "embedded"
-FOLDER = Path(__file__).parent.parent / "assets" / "embedded"
-CONTROL_FOLDER = FOLDER / "controlnet_inpaint"
+# The base of coloured shapes, and that of keyboard skins.
+EMBEDDED, SKINS = "embedded", "embedded-skins"
+ASSETS = Path(__file__).parent.parent / "assets"
+FOLDERS = {EMBEDDED: ASSETS / "embedded", SKINS: ASSETS / "embedded_skins"}
+# The ControlNet beside each.
+CONTROLS = {
+    EMBEDDED: FOLDERS[EMBEDDED] / "controlnet_inpaint",
+    SKINS: FOLDERS[SKINS] / "controlnet_skins",
+}
 IMAGE_SIZE = 64
 MAX_TOKENS = 32
 TEXT_WIDTH = 128

@@ -36,15 +36,23 @@ from controlfill.options.filling import (
     ZoomOptions,
 )
 from controlfill.options.preparing import PrepareShardsOptions, PrepareTableOptions
+from controlfill.options.skin_generate import SkinGenerateOptions, SkinReportOptions
 from controlfill.options.skins import (
     LayoutOptions,
     SkinCheckOptions,
     SkinComposeOptions,
     SkinExportOptions,
     SkinHintOptions,
+    SkinImportOptions,
     SkinRenderOptions,
     SkinSliceOptions,
     SkinThemesOptions,
+)
+from controlfill.options.skinset import (
+    PrepareCannyOptions,
+    PrepareCaptionsOptions,
+    PrepareGlyphsOptions,
+    PrepareSkinsOptions,
 )
 from controlfill.options.training import (
     CacheOptions,
@@ -57,10 +65,12 @@ __all__ = [
     "ALIASES", "LEAST", "MASK_KINDS", "SD15", "SHARES", "BatchOptions", "CacheOptions",
     "ChangeOptions", "ControlOptions", "DataOptions", "DemoOptions", "DoctorOptions",
     "EvaluateOptions", "FillOptions", "GenerateOptions", "GrowOptions", "HoleOptions",
-    "InferOptions", "InpaintOptions", "LayoutOptions", "LightningOptions", "MaskOptions", "Options",
-    "OutpaintOptions", "Precision", "PrepareShardsOptions", "PrepareTableOptions",
-    "PreviewOptions", "SampleOptions", "SkinCheckOptions", "SkinComposeOptions",
-    "SkinExportOptions", "SkinHintOptions", "SkinRenderOptions", "SkinSliceOptions",
+    "InferOptions", "InpaintOptions", "LayoutOptions", "LightningOptions", "MaskOptions",
+    "Options", "OutpaintOptions", "Precision", "PrepareCannyOptions", "PrepareCaptionsOptions",
+    "PrepareGlyphsOptions", "PrepareShardsOptions", "PrepareSkinsOptions",
+    "PrepareTableOptions", "PreviewOptions", "SampleOptions", "SkinCheckOptions",
+    "SkinComposeOptions", "SkinExportOptions", "SkinGenerateOptions", "SkinHintOptions",
+    "SkinImportOptions", "SkinRenderOptions", "SkinReportOptions", "SkinSliceOptions",
     "SkinThemesOptions", "TrainOptions", "ZoomOptions", "check_numbers", "check_values",
     "field_types", "read_size", "shared_values",
 ]  # fmt: skip

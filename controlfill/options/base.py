@@ -37,6 +37,8 @@ LEAST = {
     "variants": 1, "count": 1, "per_shard": 1, "window_size": 0,
     "window_batch": 1, "context": 1, "num_images": 1, "left": 0, "right": 0, "top": 0, "bottom": 0,
     "num_zooms": 1, "zoom_factor": 1.01, "seconds_per_zoom": 0.01, "fps": 1,
+    "text_box_weight": 0, "text_loss": 0, "text_loss_feature": 0, "text_loss_ctc": 0,
+    "text_loss_labels": 1, "low": 0, "high": 1, "max_new_tokens": 1,
 }  # fmt: skip
 SHARES = {
     "ema_decay": (0, 0.999999),
@@ -48,6 +50,8 @@ SHARES = {
     "guidance_start": (0, 1),
     "guidance_end": (0, 1),
     "strength": (0, 1),
+    "text_loss_max_t": (0.001, 1),
+    "confidence": (0, 1),
 }
 # Other names that users know, for the same option.
 ALIASES = {"checkpointing_steps": "save_steps"}

@@ -33,8 +33,8 @@ class DataOptions(Options):
     """Folder of masks named like the pictures (white = fill); drawn fresh masks otherwise."""
     image_size: int = 512
     """Side of the square training crops, in pixels."""
-    crop: Literal["random", "center"] = "random"
-    """Where the square is cut from a picture whose short side was made to fit."""
+    crop: Literal["random", "center", "patch"] = "random"
+    """Where the square is cut: of the largest one `random` or `center`; `patch` keeps the scale."""
     random_flip: bool = False
     """Mirror half of the pictures, with their masks."""
     mask_kinds: tuple[str, ...] = MASK_KINDS
@@ -43,6 +43,11 @@ class DataOptions(Options):
     """Smallest and largest share of the picture that a drawn mask covers."""
     seed: int = 42
     """Seed of everything random; the same seed gives the same run."""
+
+    @property
+    def least_side(self) -> int | None:
+        """The short side below which pictures must not be decoded; None: decode them whole."""
+        return None if self.crop == "patch" else self.image_size
 
 
 @dataclass(frozen=True, kw_only=True)

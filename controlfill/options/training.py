@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tyro.conf import Positional
 
 from controlfill.options.base import SD15, Device, Precision, SpecName, shared_values
 from controlfill.options.data import DataOptions
+
+# What a rehearsal runs on.
+REHEARSAL_BASE, REHEARSAL_DATA = "embedded-skins", "world:skins-mixed"
+REHEARSAL_SIZE, REHEARSAL_STEPS = 128, 20
+PLAIN: dict[str, Any] = {
+    "mixed_precision": "no", "precision": "32", "gradient_accumulation_steps": 1,
+    "accumulate_grad_batches": 1,
+}  # fmt: skip
+T = TypeVar("T", bound="ControlOptions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +65,22 @@ class ControlOptions(DataOptions):
     """Noise shared by a whole channel, for darker and lighter pictures; 0.05 is usual."""
     hole_weight: float = 1.0
     """How much more the hole counts than known pixels in the loss."""
+    text_box_weight: float = 1.0
+    """How much more the boxes of labels count than the rest in the loss; 2 to 5 is usual."""
+    text_loss: float = 0.0
+    """Weight of the text loss: labels are read in what one step predicts; 0 leaves it off."""
+    text_loss_feature: float = 1.0
+    """In it, weight of the distance of what the reader sees to what it sees of the true picture."""
+    text_loss_ctc: float = 0.1
+    """In it, weight of the CTC of the labels above that of the true picture."""
+    text_loss_weighting: Literal["abar", "none", "minsnr"] = "abar"
+    """How the text loss counts by noise level: by the share of signal, not at all, or Min-SNR."""
+    text_loss_max_t: float = 0.6
+    """Share of the noise levels, from the clean end, at which labels are read."""
+    text_loss_labels: int = 8
+    """Most labels read per batch."""
+    text_loss_ocr: Literal["v4", "v6"] = "v6"
+    """The PP-OCR reader that is learned from; the other one judges, where it is installed."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, slower steps."""
     enable_xformers_memory_efficient_attention: bool = False
@@ -88,6 +113,34 @@ class ControlOptions(DataOptions):
     """Name of the repository there; the run's folder name otherwise."""
     resume_from_checkpoint: str | None = None
     """`latest`, or the path of a checkpoint or run, to go on from."""
+    rehearse: bool = False
+    """Try the run here and now: few steps on the embedded base of keyboard skins, small cuts."""
+
+    def rehearsed(self: T) -> T:
+        """The same run on the embedded base, at reduced size; itself unless it is a rehearsal.
+
+        Data that is not there yet is stood in for by procedural skins.
+        """
+        if not self.rehearse:
+            return self
+        given, there = self.controlnet_model_name_or_path, Path(self.image_dir).exists()
+        return replace(
+            self,
+            image_dir=self.image_dir if there else REHEARSAL_DATA,
+            pretrained_model_name_or_path=REHEARSAL_BASE,
+            controlnet_model_name_or_path=REHEARSAL_BASE if given else None,
+            crop="patch",
+            image_size=min(self.image_size, REHEARSAL_SIZE),
+            aspect_ratio_buckets=False,
+            cache_dir=None,
+            batch_size=min(self.batch_size, 4),
+            max_steps=min(self.max_steps or REHEARSAL_STEPS, REHEARSAL_STEPS),
+            lr_warmup_steps=0,
+            gradient_checkpointing=False,
+            use_8bit_adam=False,
+            num_workers=0,
+            **{name: value for name, value in PLAIN.items() if hasattr(self, name)},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ from controlfill.options import LightningOptions, TrainOptions
 from controlfill.training.checkpoint import CKPTS, LAST, RUN, find_ckpt
 from controlfill.training.optim import Average, learning_rate, make_optimizer, set_learning_rate
 from controlfill.training.start import Run, new_folder, prepare
-from controlfill.training.step import Step
+from controlfill.training.step import MicroBatches, Step
 from controlfill.training.stop import Stopped, StopSignals
 from controlfill.training.team import Team
 from controlfill.training.watchers import Watchers, Weights
@@ -71,8 +71,7 @@ class ControlModule(lit.LightningModule):
         self.number = 0
         self.finding = False
         self.lr = self.options.learning_rate
-        self.losses: list[Tensor] = []
-        self.skipped: list[str] = []
+        self.passes = MicroBatches()
         self.grad_norm = torch.zeros(())
         self.average: Average | None = None
         self.parts: tuple[Run, Objective, Watchers] | None = None
@@ -167,9 +166,9 @@ class ControlModule(lit.LightningModule):
         """Noise the pictures, let ControlNet and frozen UNet predict, compare."""
         assert self.parts is not None
         rng = step_rng(self.options.seed, self.run.team.rank, self.number)
-        loss = self.parts[1](self.network, batch, rng).mean()
-        self.losses.append(loss.detach())
-        self.skipped += batch.skipped
+        cost = self.parts[1].cost(self.network, batch, rng)
+        loss = cost.losses.mean()
+        self.passes.add(loss, cost.parts, batch.skipped)
         self.number += 1
         return loss
 
@@ -216,13 +215,12 @@ class ControlModule(lit.LightningModule):
         step = Step(
             index=self.number // micro,
             total=self.run.total,
-            loss=torch.stack(self.losses).mean(),
             grad_norm=self.grad_norm,
             learning_rate=self._optimizer().param_groups[0]["lr"],
             images=len(batch.prompts) * micro * team.ranks,
-            skipped=self.skipped,
+            **self.passes.summed_up(),
         )
-        self.losses, self.skipped = [], []
+        self.passes = MicroBatches()
         self.last = step
         return step
 
@@ -380,7 +378,7 @@ def find_learning_rate(trainer: lit.Trainer, module: ControlModule) -> None:
         )
     log.info("--lr_find suggests a learning rate of %.2e", found)
     module.options = replace(module.options, learning_rate=found)
-    module.number, module.losses, module.skipped = 0, [], []
+    module.number, module.passes = 0, MicroBatches()
     module.parts = None
 
 

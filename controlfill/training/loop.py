@@ -22,7 +22,7 @@ from controlfill.diffusion.objective import Objective, step_rng
 from controlfill.errors import UserError
 from controlfill.options import Precision, TrainOptions
 from controlfill.training.optim import Average, learning_rate, set_learning_rate
-from controlfill.training.step import Step
+from controlfill.training.step import MicroBatches, Step
 from controlfill.training.team import Team
 
 
@@ -93,8 +93,7 @@ def train_loop(
     options = plan.options
     micro_batches = options.gradient_accumulation_steps
     number = plan.start * micro_batches
-    losses: list[Tensor] = []
-    skipped: list[str] = []
+    passes = MicroBatches()
     grad_norm = torch.zeros(())
     network.train()
     for batch in batches:
@@ -105,7 +104,8 @@ def train_loop(
             rng = step_rng(options.seed, accelerator.process_index, number)
             # 2) Noise the picture, let ControlNet and frozen UNet predict, compare.
             with accelerator.autocast():
-                loss = objective(network, batch.to(accelerator.device), rng).mean()
+                cost = objective.cost(network, batch.to(accelerator.device), rng)
+                loss = cost.losses.mean()
             # 3) Only the ControlNet gets gradients; Accelerate averages them between processes.
             accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -115,8 +115,7 @@ def train_loop(
             # 4) Between the micro-batches of one step Accelerate makes these two do nothing.
             optimizer.step()
             optimizer.zero_grad(set_to_none=options.set_grads_to_none)
-        losses.append(loss.detach())
-        skipped += batch.skipped
+        passes.add(loss, cost.parts, batch.skipped)
         number += 1
         if not accelerator.sync_gradients:
             continue
@@ -126,10 +125,9 @@ def train_loop(
         yield Step(
             index=done,
             total=plan.total,
-            loss=torch.stack(losses).mean(),
             grad_norm=grad_norm,
             learning_rate=rate,
             images=len(batch.prompts) * micro_batches * accelerator.num_processes,
-            skipped=skipped,
+            **passes.summed_up(),
         )
-        losses, skipped = [], []
+        passes = MicroBatches()

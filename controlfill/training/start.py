@@ -22,8 +22,10 @@ from controlfill.data.sample import Batch, PreparedSource, Source
 from controlfill.data.shards import ShardStream
 from controlfill.data.sources import make_preparation, open_source
 from controlfill.data.streams import PreparedStream
+from controlfill.diffusion.legibility import TextWeighting
 from controlfill.diffusion.losses import Weighting
 from controlfill.diffusion.objective import Objective
+from controlfill.diffusion.text_loss import TextLoss
 from controlfill.errors import UserError
 from controlfill.inference.pipeline import choose_spec
 from controlfill.models.bundle import Bundle, load_bundle
@@ -35,6 +37,7 @@ from controlfill.models.controlnet import (
     make_header,
     read_control_header,
 )
+from controlfill.models.ocr import READERS, has_reader, load_reader
 from controlfill.options import CacheOptions, TrainOptions, check_numbers
 from controlfill.training.batches import (
     Order,
@@ -83,6 +86,7 @@ class Run:
     data: Data
     folder: Path
     step: int = 0
+    reading: TextLoss | None = None
 
     @property
     def header(self) -> Header:
@@ -102,13 +106,16 @@ class Run:
     def objective(self) -> Objective:
         """The loss that the options ask for."""
         options = self.options
-        weighting = Weighting(snr_gamma=options.snr_gamma, hole=options.hole_weight)
+        weighting = Weighting(
+            snr_gamma=options.snr_gamma, hole=options.hole_weight, text=options.text_box_weight
+        )
         return Objective(
             self.bundle,
             self.spec,
             options.proportion_empty_prompts,
             options.noise_offset,
             weighting,
+            self.reading,
         )
 
     def batches(self, start: int, stop: int) -> DataLoader[Any]:
@@ -150,8 +157,28 @@ def prepare(options: TrainOptions, team: Team, source: Source | None = None) -> 
     bundle.to(team.device, team.frozen_dtype)
     return Run(
         options=options, team=team, bundle=bundle, spec=spec, network=network, data=data,
-        folder=options.output_dir,
+        folder=options.output_dir, reading=open_text_loss(options, given, team),
     )  # fmt: skip
+
+
+def open_text_loss(options: TrainOptions, source: Source, team: Team) -> TextLoss | None:
+    """The text loss that `options` ask for. Raises UserError for data without labels."""
+    if not options.text_loss:
+        return None
+    signs = getattr(source, "signs", "")
+    if not signs:
+        raise UserError(
+            "--text_loss needs to know what is written: data with the columns `box` and `texts`, "
+            "as `prepare skins` writes it, or world:skins"
+        )
+    weighting = TextWeighting(
+        scale=options.text_loss, feature=options.text_loss_feature, ctc=options.text_loss_ctc,
+        most_t=options.text_loss_max_t, by_time=options.text_loss_weighting,
+    )  # fmt: skip
+    learned = options.text_loss_ocr
+    judges = [name for name in READERS if name != learned and has_reader(name)]
+    readers = [load_reader(name).to(team.device) for name in (learned, *judges)]
+    return TextLoss(readers, weighting, signs, options.text_loss_labels)
 
 
 def open_data(options: TrainOptions, source: Source, bundle: Bundle) -> Data:

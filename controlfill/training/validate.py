@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from controlfill.diffusion.objective import Measured, Objective, step_rng
+from controlfill.diffusion.text_loss import PARTS
 from controlfill.errors import UserError
 from controlfill.images import as_mask, as_photo, as_rgb, grid, resize
 from controlfill.inference.complete import follow, inpaint
 from controlfill.inference.pipeline import Pipeline
+from controlfill.models.ocr import READERS
 from controlfill.options import HoleOptions, TrainOptions
 from controlfill.training.batches import Place, make_batches
 from controlfill.training.start import Run
@@ -23,6 +25,8 @@ from controlfill.training.start import Run
 # The noise of validation is apart from that of any training seed.
 SEED = 2_000_000_011
 BINS = 4
+# What is measured of labels: their cost, that of the true picture, and how many each reader reads.
+TEXTS = (*PARTS, *(f"read_{name}" for name in READERS))
 STEPS = 20
 PANEL = 256
 
@@ -62,17 +66,24 @@ class Tally:
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        # Rows: all, hole, known, then a row per bin of timesteps; columns: sum, count.
-        self.sums = torch.zeros(3 + BINS, 2, dtype=torch.float64)
+        # Rows: all, hole, known, then a row per bin of timesteps, then so many for each number that
+        # labels have; columns: sum, count.
+        self.sums = torch.zeros(3 + BINS * (1 + len(TEXTS)), 2, dtype=torch.float64)
 
     def add(self, measured: Measured) -> None:
         """Add a batch."""
         parts = (measured.loss, measured.hole, measured.known)
         for row, values in enumerate(parts):
             self._add(row, values)
-        bins = measured.timesteps.to(measured.loss.device) * BINS // self.steps
+        self._add_bins(3, measured.loss, measured.timesteps)
+        for number, name in enumerate(TEXTS, 1):
+            if name in measured.texts:
+                self._add_bins(3 + number * BINS, measured.texts[name], measured.text_times)
+
+    def _add_bins(self, row: int, values: Tensor, timesteps: Tensor) -> None:
+        bins = timesteps.to(values.device) * BINS // self.steps
         for place in range(BINS):
-            self._add(3 + place, measured.loss[bins == place])
+            self._add(row + place, values[bins == place])
 
     def _add(self, row: int, values: Tensor) -> None:
         there = values[torch.isfinite(values) | (row not in (1, 2))].double().cpu()
@@ -82,7 +93,8 @@ class Tally:
         """`sums` as means; parts that nothing belongs to are left out."""
         names = ["val/loss", "val/loss_hole", "val/loss_known"]
         edges = [self.steps * place // BINS for place in range(BINS + 1)]
-        names += [f"val/loss_t{low:03d}-{high - 1}" for low, high in pairwise(edges)]
+        parts = ["loss", *(f"text_{name}" for name in TEXTS)]
+        names += [f"val/{p}_t{low:03d}-{high - 1}" for p in parts for low, high in pairwise(edges)]
         return {
             name: float(total / count)
             for name, (total, count) in zip(names, sums.tolist(), strict=True)

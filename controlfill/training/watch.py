@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,7 @@ from controlfill.images import as_rgb, grid, to_uint8
 from controlfill.inference.generate import generate_batch
 from controlfill.inference.pipeline import Pipeline
 from controlfill.options import SampleOptions
-
-if TYPE_CHECKING:
-    from controlfill.training.step import Step
+from controlfill.training.step import Step, mean_parts
 
 log = logging.getLogger(__name__)
 PANEL_STEPS = 10
@@ -52,6 +50,8 @@ class Meter:
             "train/images_per_second": sum(s.images for s in self.steps) / (now - self.since),
             "train/memory_gb": memory_gb(),
         }
+        parts = mean_parts([step.parts for step in self.steps])
+        values |= {f"train/text_{name}": float(mean) for name, mean in parts.items()}
         self.steps, self.since = [], now
         return values
 
@@ -109,7 +109,10 @@ def every(steps: int, do: Callable[[Step], Any]) -> Callable[[Step], None]:
 
 
 def draw_panels(pipeline: Pipeline, batch: Batch, seed: int) -> np.ndarray:
-    """One row per picture: original, masked, mask, hint, prediction; always the same noise."""
+    """One row per picture: original, masked, mask, hint, prediction; always the same noise.
+
+    Where the data gives the hint nothing is masked, and the two in between are left out.
+    """
     options = SampleOptions(num_inference_steps=PANEL_STEPS, seed=seed)
     predicted = to_uint8(generate_batch(pipeline, batch, options))
     originals, holes = to_uint8(batch.image), to_uint8(batch.mask)[..., 0]
@@ -117,5 +120,6 @@ def draw_panels(pipeline: Pipeline, batch: Batch, seed: int) -> np.ndarray:
     rows = []
     for original, hole, hint, prediction in zip(originals, holes, hints, predicted, strict=True):
         masked = np.where(hole[..., None] > 0, np.uint8(128), original)
-        rows.append([original, masked, as_rgb(hole), hint, prediction])
+        between = [] if pipeline.spec.given else [masked, as_rgb(hole)]
+        rows.append([original, *between, hint, prediction])
     return grid(rows)

@@ -6,11 +6,14 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from controlfill.data.geometry import Label
 from controlfill.data.hints import open_spec
-from controlfill.diffusion.losses import Weighting, hole_weights, snr_weights, split_means
+from controlfill.data.sample import Batch
+from controlfill.diffusion.losses import Weighting, cell_weights, snr_weights, split_means
 from controlfill.diffusion.noise import NoiseSchedule
 from controlfill.diffusion.objective import Objective, step_rng
 from controlfill.models.controlnet import make_controlnet
+from controlfill.skins.layout import Box
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -50,14 +53,31 @@ def test_the_three_kinds_weigh_the_same_error_alike():
     torch.testing.assert_close(costs[0], costs[2], rtol=1e-3, atol=1e-6)
 
 
+def batch_of(mask, labels=((), ())):
+    image = torch.zeros(2, 3, 32, 32)
+    return Batch(image=image, mask=mask, hint=image, prompts=["", ""], labels=list(labels))
+
+
 def test_hole_weights_have_mean_one_and_their_ratio():
     mask = torch.zeros(2, 1, 32, 32)
     mask[0, :, 8:16, 8:16] = 1
-    weights = hole_weights(mask, 4, 5.0)
+    weights = cell_weights(batch_of(mask), 4, Weighting(hole=5.0))
     assert weights.shape == (2, 1, 8, 8)
     torch.testing.assert_close(weights.mean(dim=(1, 2, 3)), torch.ones(2))
     assert weights[0].max() / weights[0].min() == pytest.approx(5.0)
     assert (weights[1] == 1).all()
+
+
+def test_labels_weigh_what_is_asked_and_unknown_ones_nothing():
+    mask = torch.ones(2, 1, 32, 32)
+    known, unknown = (Label(text=text, box=Box(9, 8, 16, 16)) for text in ("A", None))
+    weights = cell_weights(batch_of(mask, [(known,), (unknown,)]), 4, Weighting(text=3.0))
+    torch.testing.assert_close(weights.mean(dim=(1, 2, 3)), torch.ones(2))
+    inside, outside = weights[:, :, 2:4, 2:4], weights[:, :, :2]
+    assert (inside[0] / outside[0].max()).tolist() == [[[3, 3], [3, 3]]]
+    assert (inside[1] == 0).all()
+    assert (outside[1] > 1).all()
+    assert cell_weights(batch_of(mask, [(known,), ()]), 4, Weighting()) is None
 
 
 def test_errors_split_into_hole_and_known():

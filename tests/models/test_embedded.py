@@ -10,16 +10,18 @@ from controlfill.data.worlds import WORLDS
 from controlfill.models import embedded
 
 
-def test_all_weights_together_are_at_most_40_mb():
-    weights = list(embedded.FOLDER.rglob("*.safetensors"))
+@pytest.mark.parametrize("folder", embedded.FOLDERS.values(), ids=str)
+def test_all_weights_together_are_at_most_40_mb(folder):
+    weights = list(folder.rglob("*.safetensors"))
     assert len(weights) >= 4
     assert sum(f.stat().st_size for f in weights) <= 40_000_000
 
 
-def test_weights_are_half_precision():
+@pytest.mark.parametrize("folder", embedded.FOLDERS.values(), ids=str)
+def test_weights_are_half_precision(folder):
     from safetensors import safe_open
 
-    for file in embedded.FOLDER.rglob("*.safetensors"):
+    for file in folder.rglob("*.safetensors"):
         with safe_open(file, "pt") as weights:
             kinds = {weights.get_tensor(name).dtype for name in list(weights.keys())[:20]}
         assert kinds <= {torch.float16, torch.int64}, file
@@ -28,7 +30,7 @@ def test_weights_are_half_precision():
 def test_diffusers_own_pipeline_opens_it():
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(embedded.FOLDER)
+    pipeline = StableDiffusionPipeline.from_pretrained(embedded.FOLDERS["embedded"])
     assert pipeline.safety_checker is None
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     image = pipeline("red circle on plain white background", num_inference_steps=2).images[0]
@@ -38,7 +40,7 @@ def test_diffusers_own_pipeline_opens_it():
 def test_every_word_of_the_worlds_is_one_token():
     from transformers import CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(embedded.FOLDER / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(embedded.FOLDERS["embedded"] / "tokenizer")
     for world in WORLDS.values():
         for word in world.words():
             assert len(tokenizer(word).input_ids) == 3, word
@@ -46,13 +48,13 @@ def test_every_word_of_the_worlds_is_one_token():
 
 
 def test_the_recipe_builds_what_is_shipped(tmp_path):
-    shipped = json.loads((embedded.FOLDER / "unet" / "config.json").read_text())
+    shipped = json.loads((embedded.FOLDERS["embedded"] / "unet" / "config.json").read_text())
     built = dict(embedded.make_unet().config)
     for key, value in shipped.items():
         if not key.startswith("_"):
             assert json.loads(json.dumps(built[key])) == value, key
     tokenizer = embedded.make_tokenizer(WORLDS["shapes-full"].words(), tmp_path)
-    shipped_words = json.loads((embedded.FOLDER / "tokenizer" / "vocab.json").read_text("utf-8"))
+    shipped_words = json.loads((embedded.FOLDERS["embedded"] / "tokenizer" / "vocab.json").read_text("utf-8"))
     # Equally frequent pairs may be merged in either order, so only the size must agree.
     assert len(tokenizer) == len(shipped_words)
     assert all(len(tokenizer(w).input_ids) == 3 for w in WORLDS["shapes-full"].words())
@@ -64,6 +66,6 @@ def test_the_recipe_builds_what_is_shipped(tmp_path):
 
 @pytest.mark.parametrize("part", ["vae", "unet", "text_encoder", "tokenizer", "scheduler"])
 def test_no_part_names_the_machine_that_made_it(part):
-    for file in (embedded.FOLDER / part).glob("*.json"):
+    for file in (embedded.FOLDERS["embedded"] / part).glob("*.json"):
         if file.name not in ("vocab.json", "tokenizer.json"):
             assert not re.search(r'"(/\w+){2,}', file.read_text("utf-8")), file
