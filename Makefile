@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# Only its model file is read; what it says it needs would bring a second OpenCV.
+SECOND_OCR := --no-deps --ignore-requires-python rapidocr-onnxruntime
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check install clean
@@ -13,7 +15,7 @@ demo: $(READY) ## set up, train a little, fill holes, write a page: demo/report.
 	$(BIN)/controlfill demo --output_dir demo
 
 test: $(READY) ## set up and run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(READY) ## format, lint, types, import layers, budgets
 	$(BIN)/ruff format --check .
@@ -29,6 +31,7 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(SECOND_OCR)
 	touch $(READY)
 
 clean: ## remove the environment and all results in this checkout

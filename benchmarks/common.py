@@ -110,7 +110,7 @@ def report(name: str, figures: Result, lines: Sequence[str], output: Path | None
     date = time.strftime("%Y-%m-%d")
     about = {"name": name, "date": date, "machine": machine(), "versions": versions()}
     output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**about, "figures": figures}, indent=2)
+    text = json.dumps({**about, "figures": figures}, indent=2, default=str)
     (output / f"{name}-{date}.json").write_text(text + "\n")
     (output / f"{name}-{date}.md").write_text(page(about, lines))
     print(f"written: {output / name}-{date}.json and .md")

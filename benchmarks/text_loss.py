@@ -1,6 +1,6 @@
 """Does the text loss make labels better to read? The same training with and without it, judged.
 
-    python -m benchmarks.text_loss --steps 150 --seeds 3
+    python -m benchmarks.text_loss --control RUN --steps 100 --seeds 3
 
 Every run starts from one ControlNet and the same base and sees the same pictures in the same order.
 What counts is how many labels of *sampled* pictures of held-out themes are read by the reader that
@@ -39,15 +39,15 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", default="embedded-skins")
     parser.add_argument("--control", default="embedded-skins")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--pictures", type=int, default=6)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--reader", choices=READERS, default="v6", help="the one in the loss")
     parser.add_argument("--scale", type=float, default=0.02)
     parser.add_argument("--feature", type=float, default=1.0)
-    parser.add_argument("--ctc", type=float, default=0.1)
+    parser.add_argument("--ctc", type=float, default=10.0)
     parser.add_argument("--max_t", type=float, default=0.6)
     parser.add_argument("--box_weight", type=float, default=2.0)
     common.add_output(parser)
@@ -93,7 +93,7 @@ def judge(pictures: list[np.ndarray], source: SkinSource) -> Result:
 
 def paint(pipeline: Pipeline, source: SkinSource, count: int) -> list[np.ndarray]:
     """A picture for the hint and words of each of the first themes."""
-    asked = [HoleOptions(prompt=source[n].prompt, seed=n) for n in range(count)]
+    asked = [HoleOptions(prompt=source[n].prompt, seed=n, window_size=0) for n in range(count)]
     return [follow(pipeline, source[n].hint, asked[n]).image for n in range(count)]
 
 

@@ -105,11 +105,5 @@ def introduction(
         f"{options.output_dir / 'outputs'}; the figures below are those of the ControlNet that "
         "is shipped, on pictures neither of them has seen."
     )
-    pictures = "".join(
-        picture.replace("height=128", "style='max-width:100%'")
-        for picture in (
-            figure(curve, "loss", curve.shape[1]),
-            figure(samples, "training samples", 900),
-        )
-    )
+    pictures = figure(curve, "loss", curve.shape[1]) + figure(samples, "training samples", 900)
     return f"<p>{html.escape(words)}</p>{pictures}"

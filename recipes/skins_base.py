@@ -197,7 +197,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/skins"))
     parser.add_argument("--vae_steps", type=int, default=2400)
     parser.add_argument("--alone_steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=2300)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--cells", type=int, default=32)
     parser.add_argument("--rate", type=float, default=7e-4)

@@ -1,5 +1,6 @@
 """What tests share: a narrow SD 1.5 made here, the embedded pair, and real COCO if present."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,10 @@ from controlfill.inference.pipeline import Pipeline, load
 from controlfill.models import embedded
 from controlfill.options import TrainOptions
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Beside other workers one thread each is fastest, also in the processes that tests start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 COCO = ROOT.parent / "shared" / "data" / "coco"
 

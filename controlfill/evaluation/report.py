@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import base64
 import html
-import io
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from controlfill.data.hints import Spec, show_hint
 from controlfill.data.sample import Sample, collate
 from controlfill.evaluation.evaluate import OURS, Evaluation, known_mask
 from controlfill.files import write_json, write_whole
-from controlfill.images import as_rgb
+from controlfill.images import as_rgb, png_bytes
 
 SHOWN_SIDE = 128
 COLUMNS = {
@@ -35,7 +34,8 @@ td, th { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right
 td:first-child, th:first-child { text-align: left }
 tr.ours { font-weight: 600; background: #f0f6ff }
 figure { display: inline-block; margin: .3rem; text-align: center; font-size: 12px; color: #555 }
-figure img { image-rendering: pixelated; display: block; border: 1px solid #ddd }
+figure img { image-rendering: pixelated; display: block; border: 1px solid #ddd; height: auto;
+             max-width: 100% }
 .row { border-top: 1px solid #eee; padding: .4rem 0 } .row p { margin: .2rem .3rem }
 .no { color: #b00020 } .yes { color: #0a7a30 }
 pre { background: #f6f6f6; padding: .7rem; overflow: auto }
@@ -54,32 +54,52 @@ def write_report(result: Evaluation, spec: Spec, folder: Path, extra: str = "") 
 def make_page(result: Evaluation, summary: dict[str, Any], spec: Spec, extra: str) -> str:
     """The whole page as HTML, pictures inside."""
     parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><title>controlfill report</title>",
-        f"<style>{STYLE}</style><h1>controlfill report</h1>",
         extra,
         *(figures_table(group, methods) for group, methods in summary["figures"].items()),
         objects_line(summary["objects"]),
         skipped_lines(summary["skipped"]),
         "<h2>Pictures</h2>",
         *(picture_row(shown, spec) for shown in result.shown),
-        "<h2>Settings</h2><pre>",
-        html.escape("\n".join(f"{k}: {v}" for k, v in summary["settings"].items())),
-        "</pre></html>",
+        settings_part(summary["settings"]),
     ]
-    return "\n".join(parts)
+    return page("controlfill report", parts)
+
+
+def page(title: str, parts: Iterable[str], style: str = "") -> str:
+    """A page of HTML parts under a title, in the style of all reports and a `style` of its own."""
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
+    top = f"<style>{STYLE}{style}</style><h1>{html.escape(title)}</h1>"
+    return "\n".join([head, top, *parts, "</html>"])
+
+
+def settings_part(settings: dict[str, Any]) -> str:
+    """The settings, one in each line, as HTML."""
+    lines = html.escape("\n".join(f"{k}: {v}" for k, v in settings.items()))
+    return f"<h2>Settings</h2><pre>\n{lines}\n</pre>"
+
+
+def table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """A table as HTML: the titles of its columns, and rows, each a class of its own or "".
+
+    Cells are HTML already.
+    """
+    titles = "".join(f"<th>{title}</th>" for title in head)
+    lines = []
+    for mark, cells in rows:
+        kind = f" class={mark}" if mark else ""
+        lines.append(f"<tr{kind}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    return f"<table><tr>{titles}</tr>{''.join(lines)}</table>"
 
 
 def figures_table(group: str, methods: dict[str, dict[str, float]]) -> str:
     """One table: a row per method, a column per figure."""
-    head = "".join(f"<th>{title}</th>" for title, _ in COLUMNS.values())
     count = int(next(iter(methods.values()))["pictures"])
     rows = []
     for method, figures in methods.items():
-        cells = "".join(f"<td>{form.format(figures[k])}</td>" for k, (_, form) in COLUMNS.items())
-        mark = " class=ours" if method == OURS else ""
-        rows.append(f"<tr{mark}><td>{html.escape(method)}</td>{cells}</tr>")
-    title = f"<h2>{html.escape(group)} ({count} pictures)</h2>"
-    return f"{title}<table><tr><th>fill</th>{head}</tr>{''.join(rows)}</table>"
+        cells = [form.format(figures[key]) for key, (_, form) in COLUMNS.items()]
+        rows.append(("ours" if method == OURS else "", [html.escape(method), *cells]))
+    titles = ["fill", *(title for title, _ in COLUMNS.values())]
+    return f"<h2>{html.escape(group)} ({count} pictures)</h2>{table(titles, rows)}"
 
 
 def objects_line(accuracy: dict[str, float]) -> str:
@@ -119,17 +139,15 @@ def picture_row(shown: dict[str, Any], spec: Spec) -> str:
 
 
 def figure(image: np.ndarray, name: str, side: int = SHOWN_SIDE) -> str:
-    """A captioned picture as HTML, its PNG inside, at most `side` pixels wide and high."""
+    """A captioned picture as HTML, its PNG inside, shown `side` pixels wide or high."""
     height, width = image.shape[:2]
     scale = side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
     if scale < 1:
-        size = (round(width * scale), round(height * scale))
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
+    data = base64.b64encode(png_bytes(image)).decode()
     title = html.escape(name)
     return (
-        f"<figure><img alt='{title}' height={SHOWN_SIDE} src='data:image/png;base64,{data}'>"
+        f"<figure><img alt='{title}' width={size[0]} src='data:image/png;base64,{data}'>"
         f"{title}</figure>"
     )

@@ -71,7 +71,7 @@ class ControlOptions(DataOptions):
     """Weight of the text loss: labels are read in what one step predicts; 0 leaves it off."""
     text_loss_feature: float = 1.0
     """In it, weight of the distance of what the reader sees to what it sees of the true picture."""
-    text_loss_ctc: float = 0.1
+    text_loss_ctc: float = 10.0
     """In it, weight of the CTC of the labels above that of the true picture."""
     text_loss_weighting: Literal["abar", "none", "minsnr"] = "abar"
     """How the text loss counts by noise level: by the share of signal, not at all, or Min-SNR."""

@@ -47,6 +47,23 @@ def test_every_word_of_the_worlds_is_one_token():
     assert len(tokenizer("a Käfer 字 xyzzy!").input_ids) > 6
 
 
+def test_every_word_of_a_skin_is_one_token():
+    from transformers import CLIPTokenizer
+
+    from controlfill.skins.themes import draw_theme
+
+    tokenizer = CLIPTokenizer.from_pretrained(embedded.FOLDERS["embedded-skins"] / "tokenizer")
+    for seed in range(50):
+        words = draw_theme(seed).caption.split()
+        assert len(tokenizer(" ".join(words)).input_ids) == len(words) + 2, words
+
+
+def test_configs_name_no_folder_of_whoever_made_them():
+    for folder in embedded.FOLDERS.values():
+        for file in folder.rglob("*.json"):
+            assert "_name_or_path" not in json.loads(file.read_text("utf-8")), file
+
+
 def test_the_recipe_builds_what_is_shipped(tmp_path):
     shipped = json.loads((embedded.FOLDERS["embedded"] / "unet" / "config.json").read_text())
     built = dict(embedded.make_unet().config)
