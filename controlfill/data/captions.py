@@ -14,7 +14,7 @@ from controlfill.data.prepare import Report, say_nothing
 from controlfill.data.sample import Sample
 
 # Rows are paths and words as a table has them, which are read in one place.
-from controlfill.data.tables import TABLES, Columns, path_of, read_rows, join_words
+from controlfill.data.tables import TABLES, Columns, join_words, path_of, read_rows
 from controlfill.errors import UserError
 from controlfill.files import write_whole
 from controlfill.images import as_photo, find_pictures

@@ -133,9 +133,7 @@ def gather(spots: Sequence[Spot]) -> tuple[list[int], list[Spot]]:
     return rows, [replace(spot, row=rows.index(spot.row)) for spot in spots]
 
 
-def cut_labels(
-    bundle: Bundle, schedule: NoiseSchedule, seen: Seen, spots: Sequence[Spot]
-) -> Crops:
+def cut_labels(bundle: Bundle, schedule: NoiseSchedule, seen: Seen, spots: Sequence[Spot]) -> Crops:
     """Each label out of the latents that the prediction implies, and out of the true ones."""
     implied = schedule.to_x0(seen.prediction.float(), seen.noisy.float(), seen.timesteps)
     windows = place_windows(spots, (implied.shape[2], implied.shape[3]), bundle.factor)

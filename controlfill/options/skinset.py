@@ -55,7 +55,7 @@ class PrepareSkinsOptions(LabelOptions, CaptionWords):
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareCannyOptions(DataOptions):
-    """Write pictures with Canny's edges as conditioning pictures: train.jsonl, as fill50k has it."""
+    """Write pictures and their Canny edges as conditioning pictures: train.jsonl, like fill50k."""
 
     data: Positional[str]
     """Any data that training reads: a folder, `world:shapes`, `hf:NAME`, tar shards."""

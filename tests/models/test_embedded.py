@@ -71,7 +71,8 @@ def test_the_recipe_builds_what_is_shipped(tmp_path):
         if not key.startswith("_"):
             assert json.loads(json.dumps(built[key])) == value, key
     tokenizer = embedded.make_tokenizer(WORLDS["shapes-full"].words(), tmp_path)
-    shipped_words = json.loads((embedded.FOLDERS["embedded"] / "tokenizer" / "vocab.json").read_text("utf-8"))
+    vocabulary = embedded.FOLDERS["embedded"] / "tokenizer" / "vocab.json"
+    shipped_words = json.loads(vocabulary.read_text("utf-8"))
     # Equally frequent pairs may be merged in either order, so only the size must agree.
     assert len(tokenizer) == len(shipped_words)
     assert all(len(tokenizer(w).input_ids) == 3 for w in WORLDS["shapes-full"].words())

@@ -123,5 +123,5 @@ def test_mistakes_name_their_line(tmp_path, change, said):
 
 
 def test_there_are_other_layouts_to_name():
-    with pytest.raises(UserError, match="there are keyboard-parts-4, qwerty-26, t9, t9-zh, or a YAML"):
+    with pytest.raises(UserError, match="there are keyboard-parts-4, .*, t9-zh, or a YAML"):
         open_layout("nothing")
