@@ -61,14 +61,15 @@ def draw_labels(
 ) -> np.ndarray:
     """A copy of `picture` (H, W, 3), as large as the layout, with the labels on their keys.
 
-    Without a `colour` each is dark or light, whichever its key lets be read better. Raises
-    UserError for signs that the font lacks.
+    Without a `colour` those of one kind of key are all dark or all light, whichever can be read
+    better. Raises UserError for signs that the font lacks.
     """
     check_size(picture, layout)
+    inks = {} if colour else choose_inks(picture, layout)
     image = Image.fromarray(np.ascontiguousarray(picture))
     pen = ImageDraw.Draw(image)
     for slot in layout.labelled:
-        own = colour or readable_on(slot.box.inset(0.15).of(picture))
+        own = colour or inks[slot.part]
         pen.text(slot.box.middle, slot.label, fill=own, font=fitting(slot, font), anchor="mm")
     return np.array(image)
 
@@ -78,6 +79,14 @@ def check_size(picture: np.ndarray, layout: Layout) -> None:
     if picture.shape[:2] != layout.size:
         (height, width), (h, w) = picture.shape[:2], layout.size
         raise UserError(f"the skin is {width}x{height}; the layout's canvas is {w}x{h}")
+
+
+def choose_inks(picture: np.ndarray, layout: Layout) -> dict[str, tuple[int, int, int]]:
+    """The colour of labels on each kind of key (part), from all of its keys in `picture`."""
+    keys: dict[str, list[np.ndarray]] = {}
+    for slot in layout.labelled:
+        keys.setdefault(slot.part, []).append(slot.box.inset(0.15).of(picture).reshape(1, -1, 3))
+    return {part: readable_on(np.concatenate(areas, axis=1)) for part, areas in keys.items()}
 
 
 def readable_on(key: np.ndarray) -> tuple[int, int, int]:
