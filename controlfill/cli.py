@@ -80,7 +80,7 @@ def train(options: opts.TrainOptions) -> None:
     from controlfill.training.run import train as train_steps
 
     with training_bar(options.log_steps) as show:
-        for step in train_steps(options.rehearsed()):
+        for step in train_steps(options):
             show(step)
 
 
@@ -90,7 +90,7 @@ def train_lightning(options: opts.LightningOptions) -> None:
     from controlfill.training.lightning import train_lightning as fit
 
     with training_bar(options.log_every_n_steps) as show:
-        fit(options.rehearsed(), on_step=show)
+        fit(options, on_step=show)
 
 
 @contextmanager

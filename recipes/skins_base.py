@@ -5,7 +5,7 @@
         --control outputs/skins/control/final_model
 
 It starts from the base of shapes, saves as it goes, and goes on where it stopped when the same
-command is given again. On 2 CPU cores it takes about 45 minutes.
+command is given again. On 2 CPU cores it takes about 75 minutes.
 """
 
 from __future__ import annotations

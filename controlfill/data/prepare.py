@@ -222,9 +222,13 @@ def prepare_table(options: PrepareTableOptions, report: Report = say_nothing) ->
 def prepare_shards(options: PrepareShardsOptions, report: Report = say_nothing) -> Prepared:
     """`controlfill prepare shards`."""
     told = {name: value for name, value in options.as_dict().items() if name != "out"}
-    return write_shards(
-        open_to_write(options), options.out, options.per_shard, options.image_format, told, report
-    )
+    source = open_to_write(options)
+    if getattr(source, "signs", "") or getattr(getattr(source, "source", None), "signs", ""):
+        raise UserError(
+            f"{options.data} has labels in its pictures, which tar shards don't keep; "
+            "`prepare table` does"
+        )
+    return write_shards(source, options.out, options.per_shard, options.image_format, told, report)
 
 
 HINT_MAKERS = {"edges": edges}

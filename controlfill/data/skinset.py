@@ -35,10 +35,12 @@ from controlfill.options import DataOptions, PrepareTableOptions, read_size, sha
 from controlfill.options.skinset import PrepareCannyOptions, PrepareSkinsOptions
 from controlfill.skins.compose import ASKEW, compose, find_parts
 from controlfill.skins.draw import draw_labels, edge_hint, glyph_hint, label_boxes
-from controlfill.skins.layout import Layout, Size, open_layout
+from controlfill.skins.layout import Box, Layout, Size, open_layout
 
 # Where a label is looked for on a finished picture: its key without this share of its short side.
 AROUND = 0.1
+# Share of a key, each way, that its label usually stays within.
+USUAL = 0.6
 Labels = Sequence[tuple[str | None, list[list[int]]]]
 
 
@@ -151,11 +153,20 @@ def fitted(image: np.ndarray, size: Size) -> np.ndarray:
 
 
 def key_labels(layout: Layout, known: bool) -> Labels:
-    """The labels of a finished picture, whose ink lies somewhere on their keys."""
-    return [
-        (slot.label if known else None, slot.box.inset(AROUND).corners())
-        for slot in layout.labelled
-    ]
+    """The labels of a finished picture, whose ink lies somewhere on their keys.
+
+    Unknown ones count nothing in the loss, so their boxes are no larger than labels usually are:
+    keys without what they look like would not be learned.
+    """
+    if known:
+        return [(slot.label, slot.box.inset(AROUND).corners()) for slot in layout.labelled]
+    return [(None, middle(slot.box, USUAL).corners()) for slot in layout.labelled]
+
+
+def middle(box: Box, share: float) -> Box:
+    """The middle of a box, `share` of it each way."""
+    down, across = (round(side * (1 - share) / 2) for side in box.size)
+    return Box(box.left + across, box.top + down, box.right - across, box.bottom - down)
 
 
 def write_skin(

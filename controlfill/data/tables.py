@@ -109,7 +109,8 @@ class TableSource:
         images = [path_of(row, columns.image, line) for line, row in rows]
         hints = [path_of(row, columns.hint, line) for line, row in rows] if self.has_hints else []
         words = [join_words(row.get(columns.caption), line) for line, row in rows]
-        labels = [join_labels(row, line) for line, row in rows]
+        own = {BOXES, TEXTS} - {columns.image, columns.hint, columns.caption}
+        labels = [join_labels(row, line) if len(own) == 2 else "" for line, row in rows]
         absent = _absent(self.folder, {*images, *hints})
         pairs = zip(images, hints or images, strict=True)
         kept = [not (image in absent or hint in absent) for image, hint in pairs]
@@ -203,26 +204,29 @@ def split_words(words: str) -> dict[str, Any]:
 
 
 def join_labels(row: dict[str, Any], place: str) -> str:
-    """The columns `box` (polygons) and `texts` of a row as one text; "" for a row without.
+    """The columns `box` (polygons) and `texts` of a row as one text; "" for a row without both.
 
     A text that is null is there but unknown. Raises UserError for what can't be meant.
     """
-    polygons, texts = row.get(BOXES) or [], row.get(TEXTS) or []
-    if not polygons and not texts:
+    if BOXES not in row or TEXTS not in row:
         return ""
+    polygons, texts = row[BOXES] or [], row[TEXTS] or []
     try:
         boxes = [around(polygon) for polygon in polygons]
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, LookupError, OverflowError) as error:
         raise UserError(
             f"{place}: {BOXES!r} holds {polygons!r:.60}; a list of polygons [[x, y], ...] is wanted"
         ) from error
+    if not isinstance(texts, list):
+        raise UserError(f"{place}: {TEXTS!r} is {texts!r:.60}; a list of texts is wanted")
     known = all(isinstance(text, str | None) and text != "" for text in texts)
     if not known or len(boxes) != len(texts):
         raise UserError(
             f"{place}: {len(boxes)} polygons in {BOXES!r} and {len(texts)} words in {TEXTS!r}; "
             "each polygon needs its text, or null"
         )
-    return json.dumps([[text, *box] for text, box in zip(texts, boxes, strict=True)])
+    pairs = zip(texts, boxes, strict=True)
+    return json.dumps([[text, *box] for text, box in pairs]) if boxes else ""
 
 
 def around(polygon: Sequence[Sequence[float]]) -> tuple[int, int, int, int]:

@@ -152,11 +152,12 @@ def _do(
             job = job_key(request, plan)
             if done.get(request.picture.name) == job and is_there(request, plan):
                 return None
-            check_parts(request)
+            check_own(request)
             image = find_painted(request.picture, plan.key)
+            anew = image is None
             if image is None:
                 image = paint(pipeline, request, plan, progress)
-            finish_skin(image, plan.layout, request)
+            finish_skin(image, plan.layout, request, anew)
         except UserError as reason:
             error = f"{request.name}: {reason}"
     seconds = round(time.perf_counter() - before, 2)
@@ -215,30 +216,44 @@ def paint(
     return result.image
 
 
-def finish_skin(image: np.ndarray, layout: Layout, request: Request) -> None:
-    """Write what follows from a painted skin (H, W, 3): labels, parts, themes. Raises UserError."""
+def finish_skin(image: np.ndarray, layout: Layout, request: Request, anew: bool) -> None:
+    """Write what follows from a painted skin (H, W, 3): labels, parts, themes. Raises UserError.
+
+    Parts that are all there stay unless the skin was painted `anew`: somebody may work on them.
+    """
     options = request.options
     if options.labels == "drawn":
         labelled = draw_labels(image, layout, options.font)
         save_image(request.labelled, labelled, settings=read_settings(request.picture))
-    if options.slices:
+    there = {file.stem for file in request.parts.glob("*.png")}
+    if options.slices and (anew or not {slot.name for slot in layout.slots} <= there):
         shutil.rmtree(request.parts, ignore_errors=True)  # those of an older picture
         write_parts(image, layout, request.parts, with_pressed=True)
     for file in request.themes:
         export_theme(image, layout, file, options.labels == "drawn")
 
 
-def check_parts(request: Request) -> None:
-    """Raise UserError where parts would take the place of a folder that is not of this skin."""
-    folder = request.parts
+def check_own(request: Request) -> None:
+    """Raise UserError where a picture or a folder that was not made here would be replaced."""
+    folder, own = request.parts, MADE_FROM in settings_of(request.picture)
+    if not own and is_whole(request.picture):
+        raise UserError(f"{request.picture} is there and is no skin; give the skin another name")
     if not request.options.slices or not folder.exists():
         return
-    own = MADE_FROM in settings_of(request.picture) and folder.is_dir()
-    if not own or any(file.suffix != ".png" for file in folder.iterdir()):
+    if not (own and folder.is_dir()) or any(file.suffix != ".png" for file in folder.iterdir()):
         raise UserError(
             f"{folder} is there and holds something else; give the skin another name, or leave its "
             "parts out with --no_slices"
         )
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a picture is there that can be opened: a broken one is nobody's."""
+    try:
+        as_photo(file)
+    except (UserError, OSError):
+        return False
+    return True
 
 
 def find_painted(file: Path, key: str) -> np.ndarray | None:

@@ -43,7 +43,7 @@ class PrepareSkinsOptions(LabelOptions, CaptionWords):
     """Draw the labels on skins that carry none."""
     picture_texts: PictureTexts = "unknown"
     """Text of finished pictures: `layout` (its labels, where it has them), `none`, or `unknown`:
-    boxes without texts, which the text loss leaves out."""
+    boxes without texts in the middle of keys, which count nothing in the loss."""
     incomplete: bool = False
     """Keep skins that lack parts of the layout, white where they are missing."""
     caption: str = "file"

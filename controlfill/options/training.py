@@ -11,10 +11,18 @@ from tyro.conf import Positional
 from controlfill.options.base import SD15, Device, Precision, SpecName, shared_values
 from controlfill.options.data import DataOptions
 
-# What a rehearsal runs on.
-REHEARSAL_BASE, REHEARSAL_DATA = "embedded-skins", "world:skins-mixed"
-REHEARSAL_SIZE, REHEARSAL_STEPS = 128, 20
+# What a rehearsal runs on: base, data where there is none yet, side of its cuts.
+REHEARSALS = {
+    "image": ("embedded-skins", "world:skins-mixed", 128),
+    "hole": ("embedded", "world:shapes", 64),
+}
+REHEARSAL_STEPS = 20
+# What it leaves out, of the options of both engines.
 PLAIN: dict[str, Any] = {
+    "crop": "patch", "aspect_ratio_buckets": False, "cache_dir": None, "lr_warmup_steps": 0,
+    "gradient_checkpointing": False, "use_8bit_adam": False, "num_workers": 0,
+    "enable_xformers_memory_efficient_attention": False, "torch_compile": False,
+    "report_to": "tensorboard", "push_to_hub": False, "resume_from_checkpoint": None,
     "mixed_precision": "no", "precision": "32", "gradient_accumulation_steps": 1,
     "accumulate_grad_batches": 1,
 }  # fmt: skip
@@ -114,31 +122,30 @@ class ControlOptions(DataOptions):
     resume_from_checkpoint: str | None = None
     """`latest`, or the path of a checkpoint or run, to go on from."""
     rehearse: bool = False
-    """Try the run here and now: few steps on the embedded base of keyboard skins, small cuts."""
+    """Try the run here and now: few steps on an embedded base, small cuts, a folder of its own."""
 
     def rehearsed(self: T) -> T:
-        """The same run on the embedded base, at reduced size; itself unless it is a rehearsal.
+        """The same run on an embedded base, at reduced size; itself unless it is a rehearsal.
 
-        Data that is not there yet is stood in for by procedural skins.
+        Data that is not there yet is stood in for by a procedural world. Nothing is resumed or
+        uploaded, and the run lies in a folder of its own, so that no real run is mistaken for it.
         """
         if not self.rehearse:
             return self
-        given, there = self.controlnet_model_name_or_path, Path(self.image_dir).exists()
+        base, world, size = REHEARSALS["image" if self.conditioning == "image" else "hole"]
+        given = self.controlnet_model_name_or_path
+        there = any(sign in self.image_dir for sign in ":*{") or Path(self.image_dir).exists()
+        alone = {} if there else {"ann_file": None, "captions_file": None, "mask_dir": None}
         return replace(
             self,
-            image_dir=self.image_dir if there else REHEARSAL_DATA,
-            pretrained_model_name_or_path=REHEARSAL_BASE,
-            controlnet_model_name_or_path=REHEARSAL_BASE if given else None,
-            crop="patch",
-            image_size=min(self.image_size, REHEARSAL_SIZE),
-            aspect_ratio_buckets=False,
-            cache_dir=None,
+            image_dir=self.image_dir if there else world,
+            pretrained_model_name_or_path=base,
+            controlnet_model_name_or_path=base if given else None,
+            image_size=min(self.image_size, size),
             batch_size=min(self.batch_size, 4),
             max_steps=min(self.max_steps or REHEARSAL_STEPS, REHEARSAL_STEPS),
-            lr_warmup_steps=0,
-            gradient_checkpointing=False,
-            use_8bit_adam=False,
-            num_workers=0,
+            output_dir=self.output_dir / "rehearsal",
+            **alone,
             **{name: value for name, value in PLAIN.items() if hasattr(self, name)},
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import lzma
 import re
 import zipfile
 import zlib
@@ -31,7 +32,9 @@ POINTS = 390
 LONGEST, MOST, WIDEST = 128 << 20, 1000, 8192
 DATE = (2026, 1, 1, 0, 0, 0)
 # What the decoders of zip raise for damaged, encrypted or foreign archives.
-BROKEN = (OSError, zipfile.BadZipFile, RuntimeError, zlib.error, EOFError)
+BROKEN = (
+    OSError, zipfile.BadZipFile, RuntimeError, zlib.error, lzma.LZMAError, EOFError, ValueError,
+)  # fmt: skip
 Colour = tuple[int, int, int]
 Files = dict[str, bytes]
 

@@ -303,6 +303,7 @@ def train_lightning(
     """
     # Its own lines would drown ours.
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    options = options.rehearsed()
     check_device(options)
     resume = find_ckpt(options.resume_from_checkpoint, options.output_dir)
     module = ControlModule(options, source, resume, on_step)

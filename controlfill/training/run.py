@@ -54,6 +54,7 @@ def train(options: TrainOptions, source: Source | None = None) -> Iterator[Step]
     result is in the run's folder: logs/, checkpoint-<step>/, final_model/. Raises UserError, and
     Stopped after a signal, when all is saved.
     """
+    options = options.rehearsed()
     accelerator = make_accelerator(options)
     team = make_team(accelerator)
     resume = team.tell(find_start(options) if team.main else None)

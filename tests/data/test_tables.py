@@ -3,16 +3,18 @@
 import json
 import pickle
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from controlfill.data.prepare import prepare_shards, prepare_table
 from controlfill.data.sample import PreparedSource
 from controlfill.data.sources import Subset, make_preparation, open_source
 from controlfill.data.tables import Columns, HubSource, TableSource, Texts
 from controlfill.errors import UserError
-from controlfill.options import DataOptions
+from controlfill.options import DataOptions, PrepareShardsOptions, PrepareTableOptions
 from controlfill.skins.layout import Box
 
 OPTIONS = DataOptions(image_size=32, crop="center")
@@ -371,6 +373,9 @@ def test_labels_follow_a_picture_that_is_decoded_smaller(tmp_path):
     [
         ({"box": [BOX], "texts": []}, "1 polygons in 'box' and 0 words in 'texts'"),
         ({"box": [BOX], "texts": [3]}, "each polygon needs its text, or null"),
+        ({"box": [BOX], "texts": 5}, "'texts' is 5; a list of texts is wanted"),
+        ({"box": [[{"x": 1}]], "texts": ["A"]}, "a list of polygons"),
+        ({"box": [[[float("inf"), 0]]], "texts": ["A"]}, "a list of polygons"),
         ({"box": [[1, 2]], "texts": ["A"]}, r"a list of polygons \[\[x, y\], ...\] is wanted"),
     ],
 )
@@ -379,3 +384,24 @@ def test_labels_that_cannot_be_meant_are_refused_with_their_line(tmp_path, row, 
     table(tmp_path, [{"image": "a.png", "text": "", **row}])
     with pytest.raises(UserError, match=f"train.jsonl:1: .*{words}"):
         open_source(str(tmp_path), OPTIONS)
+
+
+def test_columns_of_these_names_that_mean_something_else_are_let_be(tmp_path):
+    picture(tmp_path / "a.png")
+    table(tmp_path, [{"image": "a.png", "text": "", "box": [1, 2, 3, 4]}])
+    assert open_source(str(tmp_path), OPTIONS)[0].labels == ()
+    table(tmp_path, [{"image": "a.png", "texts": ["a hat", "hats"], "box": [BOX]}])
+    options = DataOptions(image_size=32, crop="center", caption_column="texts")
+    assert open_source(str(tmp_path), options)[0].prompts == ("a hat", "hats")
+
+
+def test_shards_would_lose_labels_and_say_so(tmp_path):
+    picture(tmp_path / "data" / "a.png")
+    row = {"image": "a.png", "text": "", "box": [BOX], "texts": ["A"]}
+    table(tmp_path / "data", [row])
+    told = PrepareShardsOptions(data=str(tmp_path / "data"), out=tmp_path / "tars", image_size=32)
+    with pytest.raises(UserError, match="labels in its pictures, which tar shards don't keep"):
+        prepare_shards(told)
+    again = PrepareTableOptions(data=str(tmp_path / "data"), out=tmp_path / "kept", image_size=32)
+    prepare_table(replace(again, make_hint="edges"))
+    assert open_source(str(tmp_path / "kept"), OPTIONS)[0].labels[0].text == "A"

@@ -168,10 +168,10 @@ def test_it_goes_on_where_it_stopped(painter, asked, hints, tmp_path, monkeypatc
     options = replace(asked, prompt="", prompts=file, num_images=2, labels="drawn")
     finish = room.finish_skin
 
-    def dies_at_the_second(image, layout, request):
+    def dies_at_the_second(image, layout, request, anew):
         if request.name == "red_43":
             raise KeyboardInterrupt
-        finish(image, layout, request)
+        finish(image, layout, request, anew)
 
     monkeypatch.setattr(room, "finish_skin", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
@@ -296,6 +296,24 @@ def test_the_command(control, asked, hints, tmp_path, capsys, monkeypatch):
     assert run([*words, "--prompts", str(tmp_path / "none")]) == 2
 
 
-def test_a_foreign_picture_in_the_way_is_painted_over(painter, asked, hints):
-    save_image(asked.output_dir / "a-red-skin.png", np.zeros((5, 5, 3), np.uint8), settings={})
-    assert make(painter, asked).written == ["a-red-skin.png"]
+def test_a_foreign_picture_in_the_way_is_left_alone(painter, asked, hints):
+    file = save_image(asked.output_dir / "a-red-skin.png", np.zeros((5, 5, 3), np.uint8))
+    before = file.read_bytes()
+    (reason,) = make(painter, asked).failed
+    assert "is there and is no skin; give the skin another name" in reason
+    assert file.read_bytes() == before
+    assert not hints
+
+
+def test_parts_that_somebody_works_on_stay(painter, asked, hints):
+    options = replace(asked, slices=True)
+    make(painter, options)
+    part = asked.output_dir / "a-red-skin" / "q.png"
+    save_image(part, np.zeros((4, 4, 3), np.uint8))
+    retouched = part.read_bytes()
+    assert make(painter, replace(options, theme=("cskin",))).written == ["a-red-skin.png"]
+    assert part.read_bytes() == retouched
+    (part.parent / "w.png").unlink()
+    make(painter, options)
+    assert part.read_bytes() != retouched
+    assert len(hints) == 1

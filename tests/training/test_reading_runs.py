@@ -97,11 +97,26 @@ def test_the_published_experiments_are_tried_by_one_flag(config, tmp_path):
     words = ["train", "--config", str(config), "--rehearse", "--max_steps", "1"]
     words += ["--output_dir", str(tmp_path), "--log_images_steps", "0", "--text_loss", "0"]
     assert call(words) == 0
-    (run,) = tmp_path.iterdir()
+    (run,) = (tmp_path / "rehearsal").iterdir()
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["pretrained_model_name_or_path"] == "embedded-skins"
     assert saved["mixed_precision"] == "no"
     assert (run / "final_model").is_dir()
+
+
+def test_a_rehearsal_touches_nothing_real(tmp_path):
+    options = TrainOptions(
+        image_dir="photos", ann_file=Path("a.json"), output_dir=tmp_path, push_to_hub=True,
+        resume_from_checkpoint="latest", report_to="wandb", torch_compile=True, rehearse=True,
+    ).rehearsed()  # fmt: skip
+    assert (options.push_to_hub, options.resume_from_checkpoint) == (False, None)
+    assert (options.report_to, options.torch_compile) == ("tensorboard", False)
+    assert options.output_dir == tmp_path / "rehearsal"
+    # A run that fills holes is tried on what has holes, and data of other kinds is what it is.
+    assert (options.image_dir, options.ann_file) == ("world:shapes", None)
+    assert options.pretrained_model_name_or_path == "embedded"
+    for name in ("world:shapes-bare", "hf:user/set", "data/{000..010}.tar"):
+        assert replace(options, image_dir=name).rehearsed().image_dir == name
 
 
 def test_five_experiments_ship_and_a_rehearsal_keeps_data_that_is_there(tmp_path):
