@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,11 @@ def main() -> None:
             save_controlnet(network.half(), written, replace(header, base=name))
     for file in folder.rglob("*.*"):
         file.chmod(0o644)
+    for file in folder.rglob("config.json"):
+        # diffusers writes from which folder a network once came.
+        words = json.loads(file.read_text("utf-8"))
+        words.pop("_name_or_path", None)
+        file.write_text(json.dumps(words, indent=2) + "\n", "utf-8")
     weights = folder.rglob("*.safetensors")
     print(f"{sum(f.stat().st_size for f in weights) / 1e6:.1f} MB in {folder}")
 
