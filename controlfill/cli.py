@@ -191,16 +191,9 @@ def zoom(options: opts.ZoomOptions) -> None:
 
 def load_pipeline(options: Any) -> Any:
     """The pipeline that the options of a filling command name."""
-    from controlfill.inference.pipeline import load
+    from controlfill.inference.pipeline import load_for
 
-    return load(
-        options.base,
-        options.control,
-        conditioning=options.conditioning,
-        device=options.device,
-        mixed_precision=options.mixed_precision,
-        engine=options.engine,
-    )
+    return load_for(options)
 
 
 def infer(options: opts.InferOptions) -> None:

@@ -13,18 +13,11 @@ from controlfill.options.skin_generate import SkinGenerateOptions, SkinReportOpt
 def skin_generate(options: SkinGenerateOptions) -> None:
     """`controlfill skin generate`. Raises UserError at the end when any skin failed."""
     quiet_libraries()
-    from controlfill.inference.pipeline import load
+    from controlfill.inference.pipeline import load_for
     from controlfill.inference.skins import find_requests, run_skins
 
     find_requests(options)  # a mistake is told before anything is loaded
-    pipeline = load(
-        options.base,
-        options.control,
-        conditioning=options.conditioning,
-        device=options.device,
-        mixed_precision=options.mixed_precision,
-        engine=options.engine,
-    )
+    pipeline = load_for(options)
     with reporting() as report:
         made = run_skins(pipeline, options, report)
     for reason in made.failed:

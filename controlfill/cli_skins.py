@@ -14,7 +14,7 @@ def skin_hint(options: opts.SkinHintOptions) -> None:
     from controlfill.images import save_image
     from controlfill.skins.draw import edge_hint, glyph_hint
 
-    layout = sized_layout(options)
+    layout = layout_of(options)
     picture = glyph_hint(layout, font=options.font) if options.glyphs else edge_hint(layout)
     say(f"wrote {save_image(options.out, picture, settings=options.as_dict())}")
 
@@ -24,7 +24,7 @@ def skin_compose(options: opts.SkinComposeOptions) -> None:
     from controlfill.images import save_image
     from controlfill.skins.compose import compose
 
-    composed = compose(sized_layout(options), options.parts)
+    composed = compose(layout_of(options), options.parts)
     for line in composed.reports:
         say(line)
     say(f"wrote {save_image(options.out, composed.image, settings=options.as_dict())}")
@@ -36,7 +36,7 @@ def skin_slice(options: opts.SkinSliceOptions) -> None:
     from controlfill.skins.compose import write_parts
 
     image = as_photo(options.image).rgb
-    written = write_parts(image, sized_layout(options), options.out, options.pressed)
+    written = write_parts(image, layout_of(options), options.out, options.pressed)
     say(f"wrote {len(written)} parts to {options.out}")
 
 
@@ -46,16 +46,15 @@ def skin_render(options: opts.SkinRenderOptions) -> None:
     from controlfill.skins.draw import draw_labels
 
     skin = as_photo(options.image).rgb
-    picture = draw_labels(skin, sized_layout(options), options.font)
+    picture = draw_labels(skin, layout_of(options), options.font)
     say(f"wrote {save_image(options.out, picture, settings=options.as_dict())}")
 
 
-def sized_layout(options: opts.LayoutOptions) -> Any:
+def layout_of(options: opts.LayoutOptions) -> Any:
     """The layout that the options of a skin command name, at the size they ask for."""
-    from controlfill.skins.layout import open_layout
+    from controlfill.skins.layout import sized_layout
 
-    layout = open_layout(options.layout)
-    return layout.at(opts.read_size("size", options.size)) if options.size else layout
+    return sized_layout(options.layout, options.size)
 
 
 def skin_export(options: opts.SkinExportOptions) -> None:
@@ -64,7 +63,7 @@ def skin_export(options: opts.SkinExportOptions) -> None:
     from controlfill.skins.formats import export_theme
 
     skin = as_photo(options.image).rgb
-    say(f"wrote {export_theme(skin, sized_layout(options), options.out, options.labels)}")
+    say(f"wrote {export_theme(skin, layout_of(options), options.out, options.labels)}")
 
 
 def skin_import(options: opts.SkinImportOptions) -> None:
@@ -73,7 +72,7 @@ def skin_import(options: opts.SkinImportOptions) -> None:
     from controlfill.skins.importing import import_parts, write_skin
 
     if options.parts:
-        imported = import_parts(options.source, sized_layout(options), options.out)
+        imported = import_parts(options.source, layout_of(options), options.out)
         for line in imported.reports:
             say(line)
         say(f"wrote {len(imported.matched)} parts to {options.out}")
@@ -88,7 +87,7 @@ def skin_themes(options: opts.SkinThemesOptions) -> None:
     from controlfill.files import check_empty
     from controlfill.skins.themes import draw_theme, write_part_set
 
-    layout = sized_layout(options)
+    layout = layout_of(options)
     check_empty(options.out, "themes")
     with reporting() as report:
         for number in range(options.count):
@@ -105,7 +104,7 @@ def skin_check(options: opts.SkinCheckOptions) -> None:
     from controlfill.images import as_photo
     from controlfill.skins.draw import check_size
 
-    layout, image = sized_layout(options), as_photo(options.image).rgb
+    layout, image = layout_of(options), as_photo(options.image).rgb
     check_size(image, layout)
     found = key_fit(image, layout)
     off = [name for name, fits in found.fits.items() if not fits]

@@ -184,9 +184,9 @@ def _write_row(sample: Sample, folder: Path, name: str, image_format: str) -> di
     return row
 
 
-def edges(image: np.ndarray) -> np.ndarray:
-    """Canny edges of a picture, white on black, uint8 (H, W, 3)."""
-    return as_rgb(cv2.Canny(image, *CANNY))
+def edges(image: np.ndarray, low: int = CANNY[0], high: int = CANNY[1]) -> np.ndarray:
+    """Canny edges of a picture between two thresholds, white on black, uint8 (H, W, 3)."""
+    return as_rgb(cv2.Canny(image, low, high))
 
 
 class WithHints:
@@ -194,6 +194,7 @@ class WithHints:
 
     def __init__(self, source: Source, make: Callable[[np.ndarray], np.ndarray]) -> None:
         self.source, self.make = source, make
+        self.signs: str = getattr(source, "signs", "")
 
     def __len__(self) -> int:
         return len(self.source)
@@ -223,7 +224,7 @@ def prepare_shards(options: PrepareShardsOptions, report: Report = say_nothing) 
     """`controlfill prepare shards`."""
     told = {name: value for name, value in options.as_dict().items() if name != "out"}
     source = open_to_write(options)
-    if getattr(source, "signs", "") or getattr(getattr(source, "source", None), "signs", ""):
+    if getattr(source, "signs", ""):
         raise UserError(
             f"{options.data} has labels in its pictures, which tar shards don't keep; "
             "`prepare table` does"

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from controlfill.data.captions import Changed, dressed, read_lines
@@ -20,6 +19,7 @@ from controlfill.data.prepare import (
     Prepared,
     Report,
     WithHints,
+    edges,
     encode_image,
     open_to_write,
     say_nothing,
@@ -30,12 +30,12 @@ from controlfill.data.sources import WORLD_PREFIX
 from controlfill.data.tables import BOXES, TABLES, TEXTS, Columns
 from controlfill.errors import UserError
 from controlfill.files import check_empty, write_folder, write_whole
-from controlfill.images import SUFFIXES, as_photo, as_rgb, resize
+from controlfill.images import SUFFIXES, as_photo, resize
 from controlfill.options import DataOptions, PrepareTableOptions, read_size, shared_values
 from controlfill.options.skinset import PrepareCannyOptions, PrepareSkinsOptions
 from controlfill.skins.compose import ASKEW, compose, find_parts
 from controlfill.skins.draw import draw_labels, edge_hint, glyph_hint, label_boxes
-from controlfill.skins.layout import Box, Layout, Size, open_layout
+from controlfill.skins.layout import Box, Layout, Size, sized_layout
 
 # Where a label is looked for on a finished picture: its key without this share of its short side.
 AROUND = 0.1
@@ -56,8 +56,7 @@ class Skin:
 
 def prepare_skins(options: PrepareSkinsOptions, report: Report = say_nothing) -> Changed:
     """`controlfill prepare skins`: all of it or nothing."""
-    layout = open_layout(options.layout)
-    layout = layout.at(read_size("size", options.size)) if options.size else layout
+    layout = sized_layout(options.layout, options.size)
     if options.hint == "glyphs" and not options.text:
         raise UserError("--hint glyphs tells of labels that --no_text leaves out; give one of them")
     entries = find_skins(options.skins, layout)
@@ -220,7 +219,7 @@ def prepare_canny(options: PrepareCannyOptions, report: Report = say_nothing) ->
     asked = PrepareTableOptions(
         **shared, data=options.data, out=options.out, count=options.count, make_hint="none"
     )
-    draw = partial(canny, low=options.low, high=options.high)
+    draw = partial(edges, low=options.low, high=options.high)
     source = WithHints(Cut(open_to_write(asked), size), draw)
     return write_table(source, options.out, options.image_format, report)
 
@@ -230,11 +229,6 @@ def square_size(text: str | None) -> Size | None:
     if text is None:
         return None
     return read_size("size", f"{text}x{text}" if text.strip().isdigit() else text)
-
-
-def canny(image: np.ndarray, low: int, high: int) -> np.ndarray:
-    """Canny edges of a picture between two thresholds, white on black, uint8 (H, W, 3)."""
-    return as_rgb(cv2.Canny(image, low, high))
 
 
 def plain_edges(layout: Layout, font: Path | None) -> np.ndarray:

@@ -26,10 +26,9 @@ from controlfill.files import write_json, write_whole
 from controlfill.images import SUFFIXES, as_photo, within
 from controlfill.inference.pipeline import Report
 from controlfill.inference.skins import LABELLED, settings_of
-from controlfill.options import read_size
 from controlfill.options.skin_generate import SkinReportOptions
 from controlfill.skins.draw import check_size
-from controlfill.skins.layout import Layout, open_layout
+from controlfill.skins.layout import Layout, sized_layout
 
 USUAL = "qwerty-26"
 RED, WHITE = (230, 0, 38), (255, 255, 255)
@@ -200,7 +199,7 @@ def measure_skin(
 def find_layout(options: SkinReportOptions, settings: dict[str, Any]) -> Layout:
     """The layout that is asked for, or that a picture names, or the usual one. Raises UserError."""
     name = options.layout or settings.get("layout") or USUAL
-    layout = sized(str(name), options.size or settings.get("size"))
+    layout = sized_layout(str(name), options.size or settings.get("size"))
     for key in layout.keys:
         if min(key.box.size) < LEAST_KEY:
             height, width = key.box.size
@@ -208,13 +207,6 @@ def find_layout(options: SkinReportOptions, settings: dict[str, Any]) -> Layout:
     if not layout.keys:
         raise UserError(f"layout {layout.name} has no keys")
     return layout
-
-
-@lru_cache(maxsize=64)
-def sized(name: str, size: str | None) -> Layout:
-    """A layout on a canvas of WIDTHxHEIGHT, or its own. Raises UserError."""
-    layout = open_layout(name)
-    return layout.at(read_size("size", size)) if size else layout
 
 
 def with_labels(file: Path, image: np.ndarray, labels: str) -> np.ndarray | None:

@@ -155,6 +155,18 @@ def load(
     return Pipeline(bundle=bundle, network=network, spec=spec, control=control, denoiser=denoiser)
 
 
+def load_for(options: Any) -> Pipeline:
+    """The pair that the options of a command name, where they say. Raises UserError."""
+    return load(
+        options.base,
+        options.control,
+        conditioning=options.conditioning,
+        device=options.device,
+        mixed_precision=options.mixed_precision,
+        engine=options.engine,
+    )
+
+
 def place_networks(
     bundle: Bundle, network: ControlNetModel | None, place: torch.device, dtype: torch.dtype
 ) -> None:

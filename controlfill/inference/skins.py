@@ -22,12 +22,13 @@ from controlfill.inference.complete import follow
 from controlfill.inference.pipeline import Pipeline, Progress, Report
 from controlfill.models.bundle import Bundle
 from controlfill.models.controlnet import find_controlnet
-from controlfill.options import check_numbers, check_values, read_size
+from controlfill.options import check_numbers, check_values
 from controlfill.options.skin_generate import SkinChangeOptions, SkinGenerateOptions
 from controlfill.skins.compose import write_parts
 from controlfill.skins.draw import draw_labels, edge_hint, glyph_hint
 from controlfill.skins.formats import export_theme
-from controlfill.skins.layout import Layout, Size, open_layout
+from controlfill.skins.layout import Layout, Size
+from controlfill.skins.layout import sized_layout as at_size
 
 # What follows the name of a skin in that of its picture with drawn labels.
 LABELLED = "-labelled"
@@ -282,17 +283,15 @@ def digest(*things: Any) -> str:
 
 def sized_layout(options: SkinGenerateOptions, bundle: Bundle) -> Layout:
     """The layout of a skin, at a size that the base can take. Raises UserError."""
-    layout = open_layout(options.layout)
-    size = read_size("size", options.size) if options.size else layout.size
-    check_canvas(size, bundle)
-    sized = layout.at(size)
-    for slot in sized.slots:
+    layout = at_size(options.layout, options.size)
+    check_canvas(layout.size, bundle)
+    for slot in layout.slots:
         if min(slot.box.size) < LEAST_KEY:
             raise UserError(
-                f"on {size[1]}x{size[0]} {slot.name} of layout {layout.name} is only "
+                f"on {layout.size[1]}x{layout.size[0]} {slot.name} of layout {layout.name} is only "
                 f"{slot.box.size[1]}x{slot.box.size[0]} pixels; a larger --size is needed"
             )
-    return sized
+    return layout
 
 
 def check_canvas(size: Size, bundle: Bundle) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from controlfill.errors import UserError
-from controlfill.options import check_values
+from controlfill.options import check_values, read_size
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "layouts"
 Role = Literal["letter", "function", "space", "candidate", "region"]
@@ -187,6 +187,12 @@ def open_layout(name: str) -> Layout:
     except yaml.YAMLError as error:
         raise UserError(f"{file}: {' '.join(str(error).split())}") from error
     return read_layout(words, str(file))
+
+
+def sized_layout(name: str, size: str | None) -> Layout:
+    """A layout on a canvas of WIDTHxHEIGHT, or its own. Raises UserError."""
+    layout = open_layout(name)
+    return layout.at(read_size("size", size)) if size else layout
 
 
 def layouts() -> list[str]:
