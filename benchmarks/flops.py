@@ -55,8 +55,7 @@ def count_step(networks: shapes.Networks) -> float:
     """Operations of our whole step without the text encoder: encode, noise, predict, learn."""
     objective = Objective(networks.bundle(), open_spec("image"))
     batch = shapes.make_batch(networks.family, 1, "meta")
-    control = networks.told(networks.control)
-    return count(lambda: objective(control, batch, step_rng(0, 0, 0)).mean().backward())
+    return count(lambda: objective(networks.control, batch, step_rng(0, 0, 0)).mean().backward())
 
 
 def count_networks(name: str) -> dict[str, float]:
@@ -125,7 +124,7 @@ def step_bytes(networks: shapes.Networks, pictures: int) -> int:
     batch = shapes.make_batch(networks.family, pictures, "cpu")
     networks.control.zero_grad()
     with saved_bytes([networks.unet, networks.vae, networks.control]) as kept:
-        loss = objective(networks.told(networks.control), batch, step_rng(0, 0, 0)).mean()
+        loss = objective(networks.control, batch, step_rng(0, 0, 0)).mean()
     loss.backward()
     return sum(kept.values())
 

@@ -75,7 +75,7 @@ def stock_text(bundle: Any, prompts: list[str]) -> Tensor:
     """Prompts as the script encodes them; where there are only shapes, the bundle's own."""
     tokenizer = getattr(bundle.text, "tokenizer", None)
     if tokenizer is None:
-        return bundle.text.encode(prompts)
+        return bundle.text.encode(prompts).tokens
     tokens = tokenizer(
         prompts, max_length=tokenizer.model_max_length, padding="max_length", truncation=True,
         return_tensors="pt",

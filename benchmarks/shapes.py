@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import tiny
+from controlfill.models.text import Words
 
 SD15_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SDXL_UNET = {
@@ -74,12 +75,12 @@ FAMILIES = {
 class Told(nn.Module):
     """A network that is always told the same size and pooled text, as SDXL's want to be.
 
-    With it SDXL's networks go through code that was written for SD 1.5's.
+    With it SDXL's networks go through the stock code, which was written for SD 1.5's.
     """
 
-    def __init__(self, network: nn.Module, pooled: int) -> None:
+    def __init__(self, network: nn.Module, family: Family) -> None:
         super().__init__()
-        self.network, self.pooled = network, pooled
+        self.network, self.family = network, family
 
     @property
     def config(self) -> Any:
@@ -93,8 +94,8 @@ class Told(nn.Module):
         """What the network says, with the extra words that it wants."""
         shared = {"device": sample.device, "dtype": sample.dtype}
         added = {
-            "text_embeds": torch.zeros(len(sample), self.pooled, **shared),
-            "time_ids": torch.zeros(len(sample), 6, **shared),
+            "text_embeds": torch.zeros(len(sample), self.family.pooled, **shared),
+            "time_ids": framing(self.family, len(sample), sample.device),
         }
         return self.network(sample, *words, added_cond_kwargs=added, **more)
 
@@ -105,12 +106,15 @@ class FixedText:
     Text is 0.4 % of a step; SDXL's two encoders are left out, SD 1.5's is counted by `flops`.
     """
 
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.encoder = nn.Embedding(CLIP_TOKENS, width, device=device).requires_grad_(False)
+    def __init__(self, family: Family, device: torch.device) -> None:
+        self.encoder = nn.Embedding(CLIP_TOKENS, family.text, device=device).requires_grad_(False)
+        self.pooled = torch.zeros(1, family.pooled, device=device) if family.pooled else None
 
-    def encode(self, prompts: list[str]) -> Tensor:
-        """(B, tokens, width)."""
-        return self.encoder.weight.expand(len(prompts), -1, -1)
+    def encode(self, prompts: list[str]) -> Words:
+        """(B, tokens, width), and for SDXL (B, width)."""
+        tokens = self.encoder.weight.expand(len(prompts), -1, -1)
+        pooled = None if self.pooled is None else self.pooled.expand(len(prompts), -1)
+        return Words(tokens, pooled)
 
 
 @dataclass(kw_only=True)
@@ -127,14 +131,14 @@ class Networks:
         from controlfill.models.bundle import Bundle
 
         return Bundle(
-            name="shapes", vae=self.vae, unet=self.told(self.unet),
-            text=cast(Any, FixedText(self.family.text, self.vae.device)),
+            name="shapes", vae=self.vae, unet=self.unet,
+            text=cast(Any, FixedText(self.family, self.vae.device)),
             scheduler_config=SCHEDULE,
         )  # fmt: skip
 
     def told(self, network: Any) -> Any:
         """`network`, or for SDXL what tells it its extra words."""
-        return Told(network, self.family.pooled) if self.family.pooled else network
+        return Told(network, self.family) if self.family.pooled else network
 
 
 def make_networks(name: str, device: str) -> Networks:
@@ -150,6 +154,12 @@ def make_networks(name: str, device: str) -> Networks:
     unet.requires_grad_(False).eval()
     vae.requires_grad_(False).eval()
     return Networks(family=family, unet=unet, vae=vae, control=control.train())
+
+
+def framing(family: Family, count: int, device: Any) -> Tensor:
+    """What SDXL's networks are told of whole pictures of the family's size, (count, 6)."""
+    side = float(family.side)
+    return torch.tensor([[side, side, 0, 0, side, side]] * count, device=device)
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
 """What tests share: a narrow SD 1.5 made here, the embedded pair, and real COCO if present."""
 
 import os
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from narrow import make_base
 
 from controlfill.inference.pipeline import Pipeline, load
 from controlfill.models import embedded
@@ -62,6 +64,17 @@ def narrow_base(tmp_path_factory):
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+@pytest.fixture(scope="session")
+def narrow(tmp_path_factory):
+    """Narrow bases, each made once: `narrow("sdxl", in_channels=9)` is a folder."""
+
+    @cache
+    def make(family: str, in_channels: int = 4) -> Path:
+        return make_base(family, tmp_path_factory.mktemp("narrow") / family, in_channels)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,7 @@ from controlfill.diffusion.condition import Condition
 from controlfill.diffusion.denoiser import ControlDenoiser
 from controlfill.diffusion.reuse import embed_hint, share_halves
 from controlfill.diffusion.sampler import Denoise, Guidance
+from controlfill.models.text import Words
 
 SCALE = 7.5
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -68,9 +69,11 @@ def stock(networks: shapes.Networks, text: Tensor, hint: Tensor) -> Step:
 
 def ours(networks: shapes.Networks, text: Tensor, hint: Tensor, mode: str | None) -> Step:
     """A step of controlfill's sampler, its networks compiled if a `mode` is given."""
-    unet, control = networks.told(networks.unet), networks.control
-    condition = Condition(text=text, hint=hint)
-    guidance = Guidance(scale=SCALE, without=torch.zeros_like(text))
+    unet, control, family = networks.unet, networks.control, networks.family
+    pooled = text.new_zeros(len(text), family.pooled) if family.pooled else None
+    words, framing = Words(text, pooled), shapes.framing(family, len(text), text.device)
+    condition = Condition(text=words, hint=hint, framing=framing)
+    guidance = Guidance(scale=SCALE, without=words.each(torch.zeros_like))
     denoise = Denoise(ControlDenoiser(unet), control, condition, guidance)
     if mode is not None:
         # Without remembered keys and values: CUDA graphs would write over them.

@@ -73,7 +73,7 @@ def stock_steps(networks: shapes.Networks, batch: Any, case: Case) -> Iterator[T
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, 1000, (len(latents),), device=latents.device)
         noisy = scheduler.add_noise(latents.float(), noise.float(), timesteps).to(DTYPE)
-        words = text.encode(batch.prompts).to(DTYPE)
+        words = text.encode(batch.prompts).tokens.to(DTYPE)
         with torch.autocast(torch.device(case.device).type, DTYPE):
             down, middle = control(
                 noisy, timesteps, encoder_hidden_states=words,
@@ -99,7 +99,7 @@ def our_steps(networks: shapes.Networks, batch: Any, case: Case) -> Iterator[Ten
         image_dir="-", mixed_precision="bf16", batch_size=case.batch, max_steps=case.steps
     )
     accelerator = make_accelerator(options)
-    control = networks.told(networks.control)
+    control = networks.control
     objective = Objective(networks.bundle(), open_spec("image"))
     wrapped, optimizer = accelerator.prepare(control, make_optimizer(control, options))
     batches = (batch for _ in range(case.steps))
@@ -153,14 +153,15 @@ def summarise(case: Case, took: list[float]) -> Result:
 def check_equal(family: str, device: str) -> Result:
     """Our loss and gradient against the stock formula's, in float32 on one picture."""
     networks = shapes.make_networks(family, device)
-    control = networks.told(networks.control)
+    control = networks.control
     shapes.perturb(control)
     bundle, batch = networks.bundle(), shapes.make_batch(networks.family, 1, device)
     draws: list[Tensor] = []
     with guard.recorded(draws):
         ours = Objective(bundle, open_spec("image"))(control, batch, step_rng(0, 0, 0)).mean()
     our_gradient = guard.gradients(control, ours)
-    stock = guard.stock_loss(bundle, control, batch, [d.to(device) for d in draws])
+    told = replace(bundle, unet=networks.told(networks.unet))
+    stock = guard.stock_loss(told, networks.told(control), batch, [d.to(device) for d in draws])
     found = guard.differences(ours, stock, our_gradient, guard.gradients(control, stock))
     del networks, control, bundle
     free(device)

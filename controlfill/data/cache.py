@@ -3,7 +3,8 @@
     cache/
       index.json                what was encoded, by which encoders, and which shard holds what
       latents-00000.safetensors one tensor per picture and cut, "<index>.<variant>": (2, C, h, w)
-      texts.safetensors         all prompts, (N, tokens, width); their order is in index.json
+      texts.safetensors         all prompts, (N, tokens, width), and for SDXL their `pooled` words
+                                (N, width); their order is in index.json
 
 The index carries the encoders' hashes: other weights are refused, never mixed. Shards are opened as
 memory maps, so worker processes share them.
@@ -65,13 +66,20 @@ class TextCache:
 
     place: dict[str, int]
     vectors: Tensor
+    pooled: Tensor | None = None
 
-    def get(self, prompts: list[str]) -> Tensor | None:
-        """The vectors (B, tokens, width) of `prompts`; None unless all of them are there."""
+    def get(self, prompts: list[str]) -> tuple[Tensor, Tensor | None] | None:
+        """The vectors (B, tokens, width) of `prompts`; None unless all of them are there.
+
+        Beside them those of each prompt as a whole (B, width), where the base has such.
+        """
         places = [self.place.get(prompt) for prompt in prompts]
         if any(place is None for place in places):
             return None
-        return self.vectors[torch.tensor(places)].float()
+        rows = torch.tensor(places)
+        return self.vectors[rows].float(), None if self.pooled is None else self.pooled[
+            rows
+        ].float()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +114,9 @@ def open_cache(folder: Path, wanted: dict[str, Any]) -> Cache:
     texts = None
     if index["prompts"]:
         with safe_open(folder / TEXTS, framework="pt") as file:
-            vectors = file.get_tensor("texts")
-        texts = TextCache(place={p: i for i, p in enumerate(index["prompts"])}, vectors=vectors)
+            kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        place = {prompt: i for i, prompt in enumerate(index["prompts"])}
+        texts = TextCache(place=place, vectors=kept["texts"], pooled=kept.get("pooled"))
     return Cache(latents=latents, texts=texts)
 
 

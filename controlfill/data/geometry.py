@@ -61,6 +61,17 @@ class Geometry:
                 found.append(Label(text=label.text, box=box))
         return tuple(found)
 
+    def framing(self, shape: Size) -> tuple[int, ...]:
+        """What SDXL is told of a cut: size of the whole picture, corner of the cut, its size.
+
+        The corner counts in pixels of the resized, mirrored picture (Podell et al. 2023, "SDXL",
+        section 2.2).
+        """
+        top, left, height, width = self._frame(shape)
+        left = shape[1] - left - width if self.flip else left
+        corner = (round(top * self.size[0] / height), round(left * self.size[1] / width))
+        return (*shape, *corner, *self.size)
+
     def part(self, shape: Size) -> Size:
         """Height and width of what is cut from an array of `shape`."""
         scale = min(length / wanted for length, wanted in zip(shape, self.size, strict=True))

@@ -26,7 +26,8 @@ class Sample:
     be drawn. `prompts` are other wordings, of which one is drawn each time instead of `prompt`.
     `objects` gives masks of things in the picture, of any size with the picture's aspect. `hint` is
     the conditioning picture of a general ControlNet, uint8 RGB (H, W, 3) like `image`. `labels` are
-    texts in the picture. `moments` (2, C, h, w) come from a latent cache.
+    texts in the picture. `moments` (2, C, h, w) come from a latent cache. `framing` is the size of
+    the picture that this is a cut of, the cut's corner and its size, where it is a cut.
     """
 
     image: np.ndarray
@@ -38,6 +39,7 @@ class Sample:
     labels: tuple[Label, ...] = ()
     name: str = ""
     moments: np.ndarray | None = None
+    framing: tuple[int, ...] = ()
 
 
 class Source(Protocol):
@@ -87,15 +89,17 @@ class Preparation:
             mask = np.full(size, 255, np.uint8)
         else:
             mask = self.recipe.draw(size, rng, objects)
+        shape = sample.image.shape[:2]
         return replace(
             sample,
             image=geometry.of_image(sample.image),
             mask=mask,
             hint=None if sample.hint is None else geometry.of_image(sample.hint),
-            labels=geometry.of_labels(sample.labels, sample.image.shape[:2]),
+            labels=geometry.of_labels(sample.labels, shape),
             prompt=str(rng.choice(sample.prompts)) if sample.prompts else sample.prompt,
             prompts=(),
             objects=no_objects,
+            framing=geometry.framing(shape),
         )
 
 
@@ -121,7 +125,8 @@ class Batch:
 
     `image` (B, 3, H, W) in [0, 1], `mask` (B, 1, H, W) of 0 and 1, `hint` as its spec says, the
     prompts, and why pictures had to be skipped on the way. `moments` (B, 2, C, h, w), from a latent
-    cache, are mean and deviation of the VAE's posterior. `labels` are each picture's texts.
+    cache, are mean and deviation of the VAE's posterior. `labels` are each picture's texts, and
+    `framings` what each is a cut of; without them, each picture is a whole one.
     """
 
     image: Tensor
@@ -131,6 +136,13 @@ class Batch:
     skipped: list[str] = field(default_factory=list)
     moments: Tensor | None = None
     labels: list[tuple[Label, ...]] = field(default_factory=list)
+    framings: list[tuple[int, ...]] = field(default_factory=list)
+
+    def framing(self) -> Tensor:
+        """What SDXL is told of each picture, (B, 6): see Geometry.framing."""
+        size = tuple(self.image.shape[2:])
+        told = [known or (*size, 0, 0, *size) for known in self.framings or [()] * len(self.image)]
+        return torch.tensor(told, dtype=torch.float32, device=self.image.device)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -150,6 +162,7 @@ class Batch:
             prompts=[self.prompts[row] for row in rows],
             moments=None if self.moments is None else self.moments[places],
             labels=[self.labels[row] for row in rows] if self.labels else [],
+            framings=[self.framings[row] for row in rows] if self.framings else [],
         )
 
 
@@ -168,6 +181,7 @@ class Stack:
     moments: Tensor | None
     spec: Spec
     labels: list[tuple[Label, ...]] = field(default_factory=list)
+    framings: list[tuple[int, ...]] = field(default_factory=list)
 
     def pin_memory(self) -> Stack:
         """The same in page-locked memory, from which a GPU copies without waiting."""
@@ -192,6 +206,7 @@ class Stack:
             skipped=self.skipped,
             moments=here.moments,
             labels=self.labels,
+            framings=self.framings,
         )
 
 
@@ -209,6 +224,7 @@ def stack(samples: Sequence[Sample], spec: Spec, skipped: Sequence[str] = ()) ->
         moments=torch.from_numpy(np.stack(moments)) if moments else None,
         spec=spec,
         labels=[s.labels for s in samples],
+        framings=[s.framing for s in samples],
     )
 
 

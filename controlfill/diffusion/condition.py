@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,22 +13,33 @@ from controlfill.data.hints import Spec, blanked_image
 from controlfill.data.sample import Batch
 from controlfill.diffusion.tiles import Place, Windows, encode_tiled
 from controlfill.models.bundle import Bundle
+from controlfill.models.text import Words, join_words
 
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """`text` (B, tokens, width) and `hint` (B, channels, H, W) of one batch.
+    """`text`, the words of each prompt, and `hint` (B, channels, H, W) of one batch.
 
-    `masked` (B, 5, h, w), the mask and the latents of the masked picture, is for inpaint UNets.
+    `masked`, for inpaint UNets, is the mask and the latents of the masked picture (B, 5, h, w), or
+    in glid-3-xl-stable's layout the known latents alone (B, 4, h, w);
+    `framing` (B, 6), the size of each picture and its cut, for those that ask for it (SDXL).
     """
 
-    text: Tensor
+    text: Words
     hint: Tensor
     masked: Tensor | None = None
+    framing: Tensor | None = None
 
-    def doubled(self, without: Tensor) -> Condition:
+    def added(self, rows: slice = slice(None)) -> dict[str, Tensor] | None:
+        """What SDXL's networks are told beside the text of each word; None for others."""
+        if self.text.pooled is None or self.framing is None:
+            return None
+        return {"text_embeds": self.text.pooled[rows], "time_ids": self.framing[rows]}
+
+    def doubled(self, without: Words) -> Condition:
         """The condition of classifier-free guidance: `without` prompt first, then this one."""
-        return self._each(torch.cat([without, self.text]), lambda tensor: torch.cat([tensor] * 2))
+        both = join_words([without, self.text])
+        return self._each(both, lambda tensor: torch.cat([tensor] * 2))
 
     def last(self, count: int) -> Condition:
         """That of the last `count` samples."""
@@ -36,16 +47,24 @@ class Condition:
 
     def part(self, windows: Windows, places: Sequence[Place]) -> Condition:
         """The condition of the windows at `places`, which count in latent cells."""
-        cells = windows.canvas[1]
-        text = self.text.repeat(len(places), 1, 1)
-        return self._each(text, lambda t: windows.stack(t, places, t.shape[-1] // cells))
+        cells, count = windows.canvas[1], len(places)
+        text = self.text.repeated(count)
+        seen = replace(self, framing=None)
+        part = seen._each(text, lambda t: windows.stack(t, places, t.shape[-1] // cells))
+        if self.framing is None or windows.size == windows.canvas:
+            return replace(part, framing=self.framing)
+        # Each window is a picture of its own: none was trained on corners far away.
+        side = self.framing[:, -2:] / self.framing.new_tensor(windows.canvas)
+        side = (side * side.new_tensor(windows.size)).repeat(count, 1)
+        return replace(part, framing=torch.cat([side, torch.zeros_like(side), side], dim=1))
 
-    def _each(self, text: Tensor, change: Callable[[Tensor], Tensor]) -> Condition:
+    def _each(self, text: Words, change: Callable[[Tensor], Tensor]) -> Condition:
         """Another `text`, and `change` made to every picture of the condition."""
         return Condition(
             text=text,
             hint=change(self.hint),
             masked=None if self.masked is None else change(self.masked),
+            framing=None if self.framing is None else change(self.framing),
         )
 
 
@@ -105,11 +124,24 @@ def masked_latents(bundle: Bundle, batch: Batch) -> Tensor:
     """What an inpaint UNet sees beside the noise: mask and masked picture, (B, 5, h, w).
 
     As in diffusers' pipelines and in its training: the picture's hole is mid-grey, and a cell is
-    open if its first pixel is.
+    open if its first pixel is. An 8-channel UNet sees `blanked_latents`.
     """
+    if bundle.is_glid:
+        return blanked_latents(bundle, batch)
     latents = encode_tiled(bundle, blanked_image(batch.image, batch.mask))
     mask = F.interpolate(batch.mask, latents.shape[-2:]).to(latents)
     return torch.cat([mask, latents], dim=1)
+
+
+def blanked_latents(bundle: Bundle, batch: Batch) -> Tensor:
+    """What glid-3-xl-stable's UNet sees beside the noise: the known latents (B, 4, h, w), else 0.
+
+    It was trained on latents of whole pictures, set to 0 in open cells: neither a grey hole nor a
+    mask, and nothing but zeros where no picture is given. The latents are ours, which hold nothing
+    of what the hole hid, and so are the cells, the same that sampling leaves open.
+    """
+    closed = latent_mask(batch.mask, bundle.factor) == 0
+    return known_latents(bundle, batch) * closed
 
 
 def encode_condition(bundle: Bundle, spec: Spec, batch: Batch) -> Condition:
@@ -118,4 +150,5 @@ def encode_condition(bundle: Bundle, spec: Spec, batch: Batch) -> Condition:
         text=bundle.text.encode(batch.prompts),
         hint=make_hint(bundle, spec, batch),
         masked=masked_latents(bundle, batch) if bundle.sees_masks else None,
+        framing=batch.framing() if bundle.asks_framing else None,
     )

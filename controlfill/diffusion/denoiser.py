@@ -58,16 +58,17 @@ class ControlDenoiser:
 
         The first `spared` samples are predicted without control.
         """
-        dtype = self.unet.dtype
+        dtype, words = self.unet.dtype, condition.text
         down, middle = None, None
         if network is not None and scale:
             down, middle = network(
                 noisy[spared:],
                 timesteps,
                 # Not a new tensor at every step: keys and values of the text are remembered.
-                encoder_hidden_states=condition.text[spared:] if spared else condition.text,
+                encoder_hidden_states=words.tokens[spared:] if spared else words.tokens,
                 controlnet_cond=condition.hint[spared:].to(noisy.dtype),
                 conditioning_scale=scale,
+                added_cond_kwargs=condition.added(slice(spared, None)),
                 return_dict=False,
             )
             # The network that learns keeps single precision where the frozen UNet is in half.
@@ -79,9 +80,10 @@ class ControlDenoiser:
         return self.unet(
             seen.to(dtype),
             timesteps,
-            encoder_hidden_states=condition.text.to(dtype),
+            encoder_hidden_states=words.tokens.to(dtype),
             down_block_additional_residuals=down,
             mid_block_additional_residual=middle,
+            added_cond_kwargs=condition.added(),
             return_dict=False,
         )[0]
 

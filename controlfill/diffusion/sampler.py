@@ -21,6 +21,7 @@ from controlfill.diffusion.condition import Condition
 from controlfill.diffusion.denoiser import ControlDenoiser
 from controlfill.diffusion.reuse import embed_hint
 from controlfill.errors import UserError
+from controlfill.models.text import Words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +56,12 @@ class Guidance:
     """
 
     scale: float
-    without: Tensor
+    without: Words
     times: Times = None
 
     def repeated(self, count: int) -> Guidance:
         """The same for `count` windows of each picture."""
-        return replace(self, without=self.without.repeat(count, 1, 1))
+        return replace(self, without=self.without.repeated(count))
 
 
 @dataclass(frozen=True, kw_only=True)

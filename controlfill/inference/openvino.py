@@ -16,6 +16,7 @@ from controlfill.diffusion.condition import Condition
 from controlfill.diffusion.denoiser import ControlDenoiser, Predictor
 from controlfill.diffusion.reuse import without_hint_embedding
 from controlfill.errors import UserError
+from controlfill.models.text import Words
 
 # The numbers that OpenVINO reckons in, by our --mixed_precision.
 PRECISIONS = {"no": "f32", "bf16": "bf16", "fp16": "f16"}
@@ -47,9 +48,10 @@ class OpenVinoDenoiser(ControlDenoiser):
     ) -> Tensor:
         """As ControlDenoiser; `network` only says whether the one of the graphs speaks."""
         speaks = network is not None and bool(scale)
-        inputs = {"noisy": noisy, "timestep": timesteps, "text": condition.text}
-        if condition.masked is not None:
-            inputs["masked"] = condition.masked
+        text = condition.text
+        inputs = {"noisy": noisy, "timestep": timesteps, "text": text.tokens}
+        more = {"pooled": text.pooled, "framing": condition.framing, "masked": condition.masked}
+        inputs |= {name: tensor for name, tensor in more.items() if tensor is not None}
         if speaks:
             inputs |= {"hint": condition.hint, "scale": torch.tensor(float(scale))}
         kind = (speaks, speaks and bool(spared))
@@ -86,12 +88,16 @@ class Joined(nn.Module):
         noisy: Tensor,
         timestep: Tensor,
         text: Tensor,
+        pooled: Tensor | None = None,
+        framing: Tensor | None = None,
         masked: Tensor | None = None,
         hint: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
         """The prediction (B, C, h, w); with `spares` the first half hears no ControlNet."""
-        condition = Condition(text=text, hint=noisy if hint is None else hint, masked=masked)
+        told = noisy if hint is None else hint
+        words = Words(text, pooled)
+        condition = Condition(text=words, hint=told, masked=masked, framing=framing)
         spared = noisy.shape[0] // 2 if self.spares else 0
         loud: Any = 0.0 if scale is None else scale
         return ControlDenoiser(self.unet)(self.network, noisy, timestep, condition, loud, spared)

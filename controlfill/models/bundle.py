@@ -28,9 +28,14 @@ SUCCESSORS = {
     "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
 }
 USUAL_GUIDANCE = 7.5
+GUIDANCE = {"embedded": embedded.GUIDANCE, "sdxl": 5.0}
 # Noisy latents, the mask, and the latents of the masked picture (SD's inpainting checkpoints).
 INPAINT_CHANNELS = 4 + 1 + 4
-FAMILIES = {768: "sd15", 1024: "sd2", embedded.TEXT_WIDTH: "embedded"}
+# Noisy latents and the known latents, zero in open cells; no mask (glid-3-xl-stable).
+GLID_CHANNELS = 4 + 4
+FAMILIES = {768: "sd15", 1024: "sd2", 2048: "sdxl", embedded.TEXT_WIDTH: "embedded"}
+# The kind of extra embedding by which diffusers knows SDXL's networks.
+FRAMING = "text_time"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +76,24 @@ class Bundle:
 
     @property
     def sees_masks(self) -> bool:
-        """Whether the UNet itself takes the mask and the masked picture: an inpaint UNet."""
-        return self.unet.config["in_channels"] == INPAINT_CHANNELS
+        """Whether the UNet itself sees what is known and what is not: an inpaint UNet."""
+        return self.is_glid or self.unet.config["in_channels"] == INPAINT_CHANNELS
+
+    @property
+    def is_glid(self) -> bool:
+        """Whether it sees the known latents alone, without a mask, as glid-3-xl-stable's does."""
+        return self.unet.config["in_channels"] == GLID_CHANNELS
 
     @property
     def family(self) -> str:
-        """sd15, sd2 or embedded; bases of another text width are named by it."""
+        """sd15, sd2, sdxl or embedded; bases of another text width are named by it."""
         width = self.unet.config["cross_attention_dim"]
-        return FAMILIES.get(width, f"sd-{width}")
+        return FAMILIES.get(width, f"{'sdxl' if self.asks_framing else 'sd'}-{width}")
+
+    @property
+    def asks_framing(self) -> bool:
+        """Whether the networks want pooled words and the picture's size and cut (SDXL)."""
+        return self.unet.config["addition_embed_type"] == FRAMING
 
     @property
     def prediction_type(self) -> str:
@@ -88,7 +103,7 @@ class Bundle:
     @property
     def guidance_scale(self) -> float:
         """The guidance scale this base is usually run with."""
-        return embedded.GUIDANCE if self.family == "embedded" else USUAL_GUIDANCE
+        return GUIDANCE.get(self.family.partition("-")[0], USUAL_GUIDANCE)
 
     @property
     def device(self) -> torch.device:
@@ -131,13 +146,17 @@ class Bundle:
 
     def fingerprints(self) -> dict[str, str]:
         """Hashes of the encoders' weights, by which caches know what they were made with."""
-        return {"vae": hash_weights(self.vae), "text_encoder": hash_weights(self.text.encoder)}
+        texts = [hash_weights(encoder) for encoder in self.text.encoders]
+        return {"vae": hash_weights(self.vae), "text_encoder": "+".join(texts)}
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Bundle:
         """Move the networks; returns the bundle itself."""
-        for network in (self.vae, self.unet, self.text.encoder):
+        for network in (self.unet, *self.text.encoders):
             # The library's own `to` warns of parts to be kept in float32, although it has none.
             torch.nn.Module.to(network, device=device, dtype=dtype)
+        # SDXL's autoencoder overflows in half precision, and says so in its config.
+        upcast = dtype == torch.float16 and self.vae.config["force_upcast"] and self.asks_framing
+        torch.nn.Module.to(self.vae, device=device, dtype=torch.float32 if upcast else dtype)
         return self
 
 
@@ -162,28 +181,45 @@ def current_name(name: str) -> str:
 def load_bundle(name: str, inpainting: bool = False) -> Bundle:
     """Load a base by `embedded`, the path of a diffusers folder, or a hub id; all frozen, float32.
 
-    Raises UserError when it is not there or not of the SD 1.5 / SD 2 kind; `inpainting` lets it
-    have an inpaint UNet.
+    Raises UserError when it is not there or no SD 1.5, SD 2 or SDXL; `inpainting` lets it have an
+    inpaint UNet.
     """
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
 
     name = current_name(name)
     where = find_base(name)
-    check_unet(name, _config(UNet2DConditionModel, where, "unet"), inpainting)
+    config = _config(UNet2DConditionModel, where, "unet")
+    check_unet(name, config, inpainting)
     bundle = Bundle(
         name=name,
         vae=_load_part(AutoencoderKL, where, "vae"),
         unet=_load_part(UNet2DConditionModel, where, "unet"),
-        text=Text(
-            _try(lambda: CLIPTokenizer.from_pretrained(where, subfolder="tokenizer"), where),
-            _load_part(CLIPTextModel, where, "text_encoder"),
-        ),
+        text=_load_text(where, two=config.get("addition_embed_type") == FRAMING),
         scheduler_config=_config(DDPMScheduler, where, "scheduler"),
     )
-    for network in (bundle.vae, bundle.unet, bundle.text.encoder):
+    for network in (bundle.vae, bundle.unet, *bundle.text.encoders):
         network.eval().requires_grad_(False)
     return bundle.to(torch.device("cpu"))
+
+
+def _load_text(where: str, two: bool) -> Text:
+    """The tokenizer and text encoder of a base, or its `two` of each."""
+    from diffusers import DiffusionPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    def pair(cls: Any, tail: str) -> tuple[CLIPTokenizer, Any]:
+        folder = f"tokenizer{tail}"
+        tokenizer = _try(lambda: CLIPTokenizer.from_pretrained(where, subfolder=folder), where)
+        return tokenizer, _load_part(cls, where, f"text_encoder{tail}")
+
+    if not two:
+        return Text(*pair(CLIPTextModel, ""))
+    index = _config(DiffusionPipeline, where)
+    return Text(
+        *pair(CLIPTextModel, ""),
+        second=pair(CLIPTextModelWithProjection, "_2"),
+        empty_is_zero=bool(index.get("force_zeros_for_empty_prompt", True)),
+    )
 
 
 def find_base(name: str) -> str:
@@ -210,15 +246,15 @@ def _load_part(cls: Any, where: str, subfolder: str) -> Any:
     return _try(lambda: cls.from_pretrained(where, subfolder=subfolder, **variant), where)
 
 
-def _config(cls: Any, where: str, subfolder: str) -> dict[str, Any]:
-    """The config of a part, without its weights."""
+def _config(cls: Any, where: str, subfolder: str | None = None) -> dict[str, Any]:
+    """The config of a part, or of the whole base, without its weights."""
     return _try(lambda: dict(cls.load_config(where, subfolder=subfolder)), where)
 
 
 def check_unet(name: str, config: dict[str, Any], inpainting: bool = False) -> None:
     """Raise UserError for UNets of other families, before gigabytes of them are fetched."""
-    if config.get("addition_embed_type") == "text_time":
-        raise UserError(f"{name} has two text encoders (SDXL); give an SD 1.5 or SD 2 base")
+    if config.get("addition_embed_type") == FRAMING and config.get("cross_attention_dim") == 1280:
+        raise UserError(f"{name} is SDXL's refiner, which only retouches; give SDXL's base")
     channels = config.get("in_channels", 4)
     if channels not in (config.get("out_channels", 4), INPAINT_CHANNELS):
         raise UserError(f"{name}: its UNet takes {channels} channels; 4 or 9 are known here")

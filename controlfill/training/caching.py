@@ -21,6 +21,7 @@ from controlfill.files import read_json, whole_file, write_json
 from controlfill.images import to_tensor
 from controlfill.inference.pipeline import DTYPES, pick_device
 from controlfill.models.bundle import Bundle, load_bundle
+from controlfill.models.text import join_words
 from controlfill.options import CacheOptions
 from controlfill.training.batches import calm_worker
 from controlfill.training.start import open_buckets
@@ -152,9 +153,11 @@ def encode_texts(folder: Path, bundle: Bundle, index: dict[str, Any], report: Re
     prompts = list(dict.fromkeys(["", *index["prompts"]]))
     parts = []
     for start in range(0, len(prompts), 64):
-        parts.append(bundle.text.encode(prompts[start : start + 64]).cpu())
+        parts.append(bundle.text.encode(prompts[start : start + 64]).each(Tensor.cpu))
         report("texts", min(start + 64, len(prompts)), len(prompts))
-    save_tensors({"texts": torch.cat(parts)}, folder / TEXTS)
+    words = join_words(parts)
+    pooled = {} if words.pooled is None else {"pooled": words.pooled}
+    save_tensors({"texts": words.tokens, **pooled}, folder / TEXTS)
     index["prompts"] = prompts
 
 

@@ -194,3 +194,20 @@ def test_a_patch_keeps_the_scale_and_comes_from_everywhere():
     assert len({left for _, left in found}) > 10
     small = draw_geometry((32, 32), np.random.default_rng(0), "patch")
     assert small.of_image(image[:20]).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("crop", ["random", "patch"])
+def test_framing_is_where_the_cut_lies(crop, seed):
+    """The cut equals the same window of the mirrored picture, resized as a whole."""
+    image = np.zeros((96, 160, 3), np.uint8)
+    image[..., 0], image[..., 1] = np.arange(96)[:, None], np.arange(160)
+    cut = draw_geometry((48, 48), np.random.default_rng(seed), crop, random_flip=seed % 2 == 1)
+    *whole, top, left, height, width = cut.framing((96, 160))
+    assert (whole, height, width) == ([96, 160], 48, 48)
+    scale = 1 if crop == "patch" else 2
+    seen = image[:, ::-1] if cut.flip else image
+    window = seen[scale * top : scale * (top + 48), scale * left : scale * (left + 48)]
+    assert np.abs(cut.of_image(image).astype(int) - window[::scale, ::scale]).max() <= 2
+    made = preparation(crop="center")(Sample(image=image), np.random.default_rng(0))
+    assert collate([made], SPEC).framing().tolist() == [[96, 160, 0, 11, 32, 32]]

@@ -42,9 +42,7 @@ def plain_formula(bundle, network, batch, rng):
     noise = torch.randn(latents.shape, generator=rng)
     scheduler = DDPMScheduler.from_config(bundle.scheduler_config)
     noisy = scheduler.add_noise(latents, noise, timesteps)
-    tokens = text.tokenizer(
-        batch.prompts, padding="max_length", max_length=text.length, return_tensors="pt"
-    )
+    tokens = text.tokenizer(batch.prompts, padding="max_length", max_length=32, return_tensors="pt")
     words = text.encoder(tokens.input_ids)[0]
     down, middle = network(
         noisy, timesteps, encoder_hidden_states=words, controlnet_cond=batch.hint, return_dict=False

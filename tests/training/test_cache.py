@@ -89,7 +89,7 @@ def test_every_wording_is_there_once_and_the_empty_one(asked):
     wanted = ["", "red circle 0", "red circle 1", "red circle 2", "square"]
     assert sorted(index["prompts"]) == wanted
     texts = open_cache(asked.cache_dir, {}).texts
-    assert texts.get(["square", ""]).shape[0] == 2
+    assert texts.get(["square", ""])[0].shape[0] == 2
     assert texts.get(["square", "never seen"]) is None
 
 
