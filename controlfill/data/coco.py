@@ -112,20 +112,31 @@ def build_index(file: Path) -> Index:
         content = msgspec.json.decode(map_bytes(file), type=_File)
     except msgspec.MsgspecError as error:
         raise UserError(f"{file} is no COCO annotation file: {error}") from error
-    place = {image.id: i for i, image in enumerate(content.images)}
-    owners = np.array([place.get(a.image_id, -1) for a in content.annotations], np.int64)
+    found = content.annotations
+    ids = np.array([image.id for image in content.images], np.int64)
+    owners = find_places(ids, np.fromiter((a.image_id for a in found), np.int64, len(found)))
     order = np.argsort(owners, kind="stable")
     order = order[np.searchsorted(owners[order], 0) :]
-    owners, known = owners[order], [content.annotations[i] for i in order]
-    texts = [a.caption.encode() if a.caption else memoryview(a.segmentation) for a in known]
+    owners, known = owners[order], (found[i] for i in order.tolist())
+    # Raw text is joined as it is: a memory view of each would take longer than all the rest.
+    texts: list[Any] = [a.caption.encode() if a.caption else a.segmentation for a in known]
     return Index(
-        ids=np.array([image.id for image in content.images], np.int64),
+        ids=ids,
         sizes=np.array([(i.height, i.width) for i in content.images], np.int32).reshape(-1, 2),
         names=np.array([image.file_name.encode() for image in content.images], np.bytes_),
         bounds=np.searchsorted(owners, np.arange(len(content.images) + 1)),
         offsets=np.cumsum([0, *map(len, texts)], dtype=np.int64),
         text=np.frombuffer(b"".join(texts), np.uint8),
     )
+
+
+def find_places(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Where each of `wanted` is in `ids`; -1 for those that are not."""
+    if not len(ids):
+        return np.full(len(wanted), -1)
+    turn = np.argsort(ids, kind="stable")
+    places = turn[np.searchsorted(ids, wanted, sorter=turn).clip(max=len(ids) - 1)]
+    return np.where(ids[places] == wanted, places, -1)
 
 
 def map_bytes(file: Path) -> bytes | mmap.mmap:

@@ -36,6 +36,7 @@ from controlfill.training.lightning import train_lightning
 
 CPU = torch.device("cpu")
 SPEC = open_spec("masked-image")
+SKINS = sorted((ROOT / "configs").glob("skins_*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +288,7 @@ def test_a_controlnet_file_is_diffusers_own(control, network):
     assert torch.equal(again.add_embedding.linear_1.weight, network.add_embedding.linear_1.weight)
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("skins_*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("config", SKINS, ids=lambda file: file.stem)
 def test_the_configs_of_skins_train_it(config, tmp_path, narrow, network):
     """With the flags that each file's head names, on small cuts."""
     network.save_pretrained(tmp_path / "canny")
