@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from controlfill.errors import UserError
 from controlfill.models import embedded
+from controlfill.models.glid import count_channels, load_unet
+from controlfill.models.single_file import LEAST_WORDS, load_checkpoint
 from controlfill.models.text import Text
 
 if TYPE_CHECKING:
@@ -178,28 +181,68 @@ def current_name(name: str) -> str:
     return successor
 
 
-def load_bundle(name: str, inpainting: bool = False) -> Bundle:
-    """Load a base by `embedded`, the path of a diffusers folder, or a hub id; all frozen, float32.
+def load_bundle(name: str, inpainting: bool = False, unet: str | Path | None = None) -> Bundle:
+    """Load a base by `embedded`, a diffusers folder, a file, or a hub id; all frozen, float32.
 
-    Raises UserError when it is not there or no SD 1.5, SD 2 or SDXL; `inpainting` lets it have an
-    inpaint UNet.
+    A file is a whole checkpoint as A1111 and ComfyUI read it. Raises UserError when the base is not
+    there or no SD 1.5, SD 2 or SDXL; `inpainting` lets it have an inpaint UNet. `unet` is a file or
+    folder whose UNet takes the place of the base's own.
     """
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-
     name = current_name(name)
-    where = find_base(name)
-    config = _config(UNet2DConditionModel, where, "unet")
-    check_unet(name, config, inpainting)
-    bundle = Bundle(
-        name=name,
-        vae=_load_part(AutoencoderKL, where, "vae"),
-        unet=_load_part(UNet2DConditionModel, where, "unet"),
-        text=_load_text(where, two=config.get("addition_embed_type") == FRAMING),
-        scheduler_config=_config(DDPMScheduler, where, "scheduler"),
-    )
+    if Path(name).is_file():
+        parts = _open_file(name, inpainting, unet)
+    else:
+        parts = _open_folder(name, inpainting, unet)
+    bundle = Bundle(name=name, **parts)
     for network in (bundle.vae, bundle.unet, *bundle.text.encoders):
         network.eval().requires_grad_(False)
     return bundle.to(torch.device("cpu"))
+
+
+def _open_folder(name: str, inpainting: bool, unet: str | Path | None) -> dict[str, Any]:
+    """What a bundle is made of, from a diffusers folder or the hub."""
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
+    where = find_base(name)
+    config = _config(UNet2DConditionModel, where, "unet")
+    if unet is None:
+        check_unet(name, config, inpainting)
+        check_kind(name, config, where)
+    return {
+        "vae": _load_part(AutoencoderKL, where, "vae"),
+        "unet": _load_part(UNet2DConditionModel, where, "unet")
+        if unet is None
+        else _other_unet(unet, config, name, inpainting),
+        "text": _load_text(where, two=config.get("addition_embed_type") == FRAMING),
+        "scheduler_config": _config(DDPMScheduler, where, "scheduler"),
+    }
+
+
+def _open_file(name: str, inpainting: bool, unet: str | Path | None) -> dict[str, Any]:
+    """What a bundle is made of, from a whole checkpoint in one file."""
+    found = load_checkpoint(Path(name))
+    config = dict(found["unet"].config)
+    if unet is None:
+        check_unet(name, config, inpainting)
+    two = "text_encoder_2" in found
+    return {
+        "vae": found["vae"],
+        "unet": found["unet"] if unet is None else _other_unet(unet, config, name, inpainting),
+        "text": Text(
+            found["tokenizer"],
+            found["text_encoder"],
+            second=(found["tokenizer_2"], found["text_encoder_2"]) if two else None,
+            empty_is_zero=two,
+        ),
+        "scheduler_config": found["scheduler"],
+    }
+
+
+def _other_unet(unet: str | Path, config: dict[str, Any], name: str, inpainting: bool) -> Any:
+    """The UNet in `unet`, of the kind of the base's own, which has `config`."""
+    channels = {"in_channels": count_channels(Path(unet))}
+    check_unet(str(unet), config | channels, inpainting)
+    return load_unet(Path(unet), config, name)
 
 
 def _load_text(where: str, two: bool) -> Text:
@@ -210,6 +253,9 @@ def _load_text(where: str, two: bool) -> Text:
     def pair(cls: Any, tail: str) -> tuple[CLIPTokenizer, Any]:
         folder = f"tokenizer{tail}"
         tokenizer = _try(lambda: CLIPTokenizer.from_pretrained(where, subfolder=folder), where)
+        if len(tokenizer) < LEAST_WORDS:
+            # Where there are no files, the library makes one that knows no words.
+            raise UserError(f"the base {where} has no {folder}; fetch it whole")
         return tokenizer, _load_part(cls, where, f"text_encoder{tail}")
 
     if not two:
@@ -232,7 +278,8 @@ def find_base(name: str) -> str:
         return name
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
-            f"the base {name} is no folder; give a diffusers folder, a hub id, or `embedded`"
+            f"the base {name} is no folder; give a diffusers folder, a checkpoint file, a hub id, "
+            "or `embedded`"
         )
     return name
 
@@ -256,12 +303,27 @@ def check_unet(name: str, config: dict[str, Any], inpainting: bool = False) -> N
     if config.get("addition_embed_type") == FRAMING and config.get("cross_attention_dim") == 1280:
         raise UserError(f"{name} is SDXL's refiner, which only retouches; give SDXL's base")
     channels = config.get("in_channels", 4)
-    if channels not in (config.get("out_channels", 4), INPAINT_CHANNELS):
-        raise UserError(f"{name}: its UNet takes {channels} channels; 4 or 9 are known here")
-    if channels == INPAINT_CHANNELS and not inpainting:
+    plain = config.get("out_channels", 4)
+    if channels not in (plain, GLID_CHANNELS, INPAINT_CHANNELS):
+        raise UserError(f"{name}: its UNet takes {channels} channels; 4, 8 or 9 are known here")
+    if channels != plain and not inpainting:
         raise UserError(
             f"{name}: its UNet takes {channels} channels; a ControlNet is trained on a plain "
             "text-to-image base, whose UNet takes 4"
+        )
+
+
+def check_kind(name: str, config: dict[str, Any], where: str) -> None:
+    """Raise UserError for UNets of 8 channels that see something else than known latents there."""
+    from diffusers import DiffusionPipeline
+
+    if config.get("in_channels") != GLID_CHANNELS:
+        return
+    kind = str(_config(DiffusionPipeline, where).get("_class_name"))
+    if not re.fullmatch(r"StableDiffusion(XL)?(Inpaint)?Pipeline", kind):
+        raise UserError(
+            f"{name} is a {kind}, whose UNet of {GLID_CHANNELS} channels fills no holes; of those "
+            "that take as many only glid-3-xl-stable's does"
         )
 
 

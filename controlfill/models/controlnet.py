@@ -9,13 +9,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from controlfill.errors import UserError
 from controlfill.files import read_header, read_json
 from controlfill.models import embedded
 from controlfill.models.bundle import Bundle
+from controlfill.models.formats import (
+    CONFIG_KEY,
+    HEADER_KEY,
+    open_run,
+    to_diffusers,
+    without_prefix,
+)
+from controlfill.models.recognise import recognise, text_width
+from controlfill.models.weights import Weights, open_weights
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
@@ -23,8 +31,6 @@ if TYPE_CHECKING:
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SINGLE = "controlnet.safetensors"
 AVERAGE = "ema.safetensors"
-HEADER_KEY = "controlfill"
-CONFIG_KEY = "controlnet_config"
 # The hint passes through these widths of the ControlNet paper, halving its size at each but one.
 HINT_WIDTHS = (16, 32, 96, 256)
 
@@ -140,19 +146,22 @@ def read_control_header(file: Path) -> Header | None:
     """The header of a weights file; None for foreign weights, which carry none."""
     known = {f.name for f in fields(Header)}
     try:
-        if file.suffix == ".ckpt":
-            values = (_read_lightning(file) or {}).get("header")
-        elif file.suffix == ".safetensors":
-            values = json.loads(read_header(file).get(HEADER_KEY) or "null")
-        else:
-            return None
+        values = json.loads(_about(file).get(HEADER_KEY) or "null")
         return Header(**{k: v for k, v in values.items() if k in known}) if values else None
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file} has a damaged header: {error}") from error
 
 
+def _about(file: Path) -> dict[str, str]:
+    """What a weights file says of itself beside its tensors."""
+    if file.suffix == ".safetensors":
+        return read_header(file)
+    own = open_run(file)
+    return own.metadata if own else {}
+
+
 def load_controlnet(file: Path, bundle: Bundle, channels: int, **kind: Any) -> ControlNetModel:
-    """The ControlNet in `file`, float32, for use with `bundle`.
+    """The ControlNet in `file`, float32, for use with `bundle`; under any tool's names.
 
     Its config comes from the file's header or the config.json beside it; foreign single files get
     the one that `make_controlnet` would give. Raises UserError when the weights don't fit.
@@ -165,9 +174,12 @@ def load_controlnet(file: Path, bundle: Bundle, channels: int, **kind: Any) -> C
         if config is None
         else ControlNetModel.from_config(config)
     )
-    _check_fit(network, bundle, channels, file)
+    weights = open_run(file) or open_weights(file)
+    width = text_width(weights) or network.config["cross_attention_dim"]
+    _check_fit(bundle, channels, file, (width, network.config["conditioning_channels"]))
+    named = _diffusers_names(weights, network, file)
     try:
-        network.load_state_dict(_read_weights(file))
+        network.load_state_dict({name: named[name] for name in named.names})
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()[:200] if "\n" in str(error) else str(error)
         raise UserError(
@@ -179,30 +191,13 @@ def load_controlnet(file: Path, bundle: Bundle, channels: int, **kind: Any) -> C
 def _config_of(file: Path) -> dict[str, Any] | None:
     if file.name in (WEIGHTS, AVERAGE) and (file.parent / "config.json").is_file():
         return read_json(file.parent / "config.json")
-    if file.suffix == ".ckpt":
-        return (_read_lightning(file) or {}).get("config")
-    text = read_header(file).get(CONFIG_KEY) if file.suffix == ".safetensors" else None
+    text = _about(file).get(CONFIG_KEY)
     return json.loads(text) if text else None
 
 
-def _read_lightning(file: Path) -> dict[str, Any] | None:
-    """What our Lightning engine puts beside the weights in a .ckpt; None in others' files."""
-    return _unpickle(file).get(HEADER_KEY)
-
-
-def _unpickle(file: Path) -> dict[str, Any]:
-    """A pickled dict of tensors and plain values, mapped, never running its code."""
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # unpickling raises anything
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "unreadable"
-        raise UserError(f"{file} is no state dict of plain tensors: {reason}") from error
-    return state if isinstance(state, dict) else {}
-
-
-def _check_fit(network: ControlNetModel, bundle: Bundle, channels: int, file: Path) -> None:
-    """Raise UserError unless hint channels and text width are those of spec and base."""
-    width, hint = (network.config[key] for key in ("cross_attention_dim", "conditioning_channels"))
+def _check_fit(bundle: Bundle, channels: int, file: Path, found: tuple[int, int]) -> None:
+    """Raise UserError unless text width and hint channels are those of base and spec."""
+    width, hint = found
     if width != bundle.unet.config["cross_attention_dim"]:
         raise UserError(
             f"the ControlNet {file} belongs to a base with text width {width}, but {bundle.name} "
@@ -215,21 +210,10 @@ def _check_fit(network: ControlNetModel, bundle: Bundle, channels: int, file: Pa
         )
 
 
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a pickled state dict, never running its code."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-    except SafetensorError as error:
-        raise UserError(f"{file} is a broken safetensors file: {error}") from error
-    state = _unpickle(file)
-    if HEADER_KEY in state:
-        # A run with averaged weights means those.
-        own = {k.removeprefix("network."): v for k, v in state["state_dict"].items()}
-        state = state[HEADER_KEY]["average"] or own
-    if not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{file} is no state dict of plain tensors; save one with safetensors")
-    return state
+def _diffusers_names(weights: Weights, network: Any, file: Path) -> Weights:
+    """The same weights with the names that `network` has for them."""
+    what = recognise(weights)
+    if what.kind != "controlnet" or what.layout == "diffusers":
+        return weights
+    view = without_prefix(weights, what.prefix)
+    return to_diffusers(view, "controlnet", dict(network.config), str(file))[0]

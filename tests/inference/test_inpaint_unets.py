@@ -12,7 +12,7 @@ from diffusers import (
 )
 
 from controlfill.data.sample import Sample, collate
-from controlfill.diffusion.condition import encode_condition
+from controlfill.diffusion.condition import encode_condition, known_latents, latent_mask
 from controlfill.diffusion.tiles import draw_noise, make_windows
 from controlfill.errors import UserError
 from controlfill.inference.generate import generate_batch
@@ -111,6 +111,119 @@ def test_it_paints_what_diffusers_paints(inpaint_base, control, with_control, st
         strength=strength, output_type="pt", **extra,
     ).images  # fmt: skip
     torch.testing.assert_close(made, wanted, atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def glid_base(narrow):
+    """A base whose UNet has the 8 channels of glid-3-xl-stable."""
+    return narrow("sd15", in_channels=8)
+
+
+def test_eight_channels_see_known_latents_and_zeros(glid_base):
+    image, mask = picture()
+    ours = load(str(glid_base), device="cpu")
+    batch = collate([Sample(image=image, mask=mask)], ours.spec)
+    seen = encode_condition(ours.bundle, ours.spec, batch).masked
+    open_ = latent_mask(batch.mask, ours.bundle.factor)
+    assert seen.shape == (1, 4, 8, 12)
+    assert 0 < open_.mean() < 1
+    assert not (seen * open_).any()
+    assert torch.equal(seen, known_latents(ours.bundle, batch) * (1 - open_))
+    hidden = np.where(mask[..., None] > 0, 255 - image, image)
+    other = collate([Sample(image=hidden, mask=mask)], ours.spec)
+    assert torch.equal(encode_condition(ours.bundle, ours.spec, other).masked, seen)
+    # Without a picture it sees nothing but zeros, as a fifth of what it was trained on.
+    nothing = collate([Sample(image=image, mask=np.full_like(mask, 255))], ours.spec)
+    assert not encode_condition(ours.bundle, ours.spec, nothing).masked.any()
+
+
+def test_eight_channels_paint_what_their_formula_says(glid_base):
+    """The UNet sees [x, known latents]; after each step the known ones are put back, noised."""
+    image, mask = picture()
+    ours = load(str(glid_base), device="cpu")
+    batch = collate([Sample(image=image, mask=mask, prompt="a red cat")], ours.spec)
+    asked = SampleOptions(
+        prompt="a red cat", num_inference_steps=4, guidance_scale=5.0, seed=3, guidance_end=1.0,
+        scheduler="ddim",
+    )  # fmt: skip
+    bundle = ours.bundle
+    times = DDIMScheduler.from_config(bundle.scheduler_config)
+    times.set_timesteps(4)
+    open_ = latent_mask(batch.mask, 8).bool()
+    known = known_latents(bundle, batch)
+    noise = x = draw_noise([3], (4, 8, 12))
+    words = bundle.text.encode(["", "a red cat"]).tokens
+    for i, t in enumerate(times.timesteps):
+        seen = torch.cat([x, known.masked_fill(open_, 0)], dim=1).repeat(2, 1, 1, 1)
+        without, with_ = bundle.unet(seen, t, encoder_hidden_states=words).sample.chunk(2)
+        x = times.step(without + 5.0 * (with_ - without), t, x).prev_sample
+        later = times.timesteps[i + 1 : i + 2]
+        there = times.add_noise(known, noise, later) if len(later) else known
+        x = torch.where(open_, x, there)
+    wanted = bundle.decode(x)
+    torch.testing.assert_close(generate_batch(ours, batch, asked), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("order", ["rows", "outward", "joint"])
+def test_eight_channels_grow_pictures_window_by_window(glid_base, order):
+    image, _ = picture(40, 56)
+    ours = load(str(glid_base), device="cpu")
+    asked = {"right": 90, "bottom": 30, "num_inference_steps": 1, "window_size": 64}
+    made = ours.outpaint(image, "a cat", window_order=order, **asked).image
+    assert made.shape == (70, 146, 3)
+    assert (made[:40, :56] == image).all()
+    assert made[:, 56:].std() > 0
+    again = ours.outpaint(image, "a cat", window_order=order, **asked).image
+    assert (made == again).all()
+
+
+def test_another_unet_by_command(glid_base, narrow, tmp_path):
+    """The file alone on a plain base: it fills holes without a ControlNet, also in a batch."""
+    from controlfill.cli import run
+    from controlfill.images import open_image, save_image
+
+    image, mask = picture(45, 70)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "masks").mkdir()
+    save_image(tmp_path / "in" / "a.png", image)
+    save_image(tmp_path / "masks" / "a.png", mask)
+    file, joined = tmp_path / "unet.safetensors", tmp_path / "joined"
+    assert run(["glid", "split", str(glid_base), str(file)]) == 0
+    words = ["--num_inference_steps", "1", "--device", "cpu", "--base"]
+    folder = ["batch", str(tmp_path / "in"), "--mask_dir", str(tmp_path / "masks"), *words]
+    plain = str(narrow("sd15"))
+    here = ["--output_dir", str(tmp_path / "o")]
+    assert run([*folder, plain, *here]) == 2  # a plain base alone fills nothing
+    assert run([*folder, plain, "--unet", str(file), *here]) == 0
+    made = open_image(tmp_path / "o" / "a.png").rgb
+    assert (made[mask == 0] == image[mask == 0]).all()
+    assert (made[mask > 0] != image[mask > 0]).any()
+    assert run(["glid", "join", plain, str(file), str(joined)]) == 0
+    assert run([*folder, str(joined), "--output_dir", str(tmp_path / "p")]) == 0
+    assert (open_image(tmp_path / "p" / "a.png").rgb == made).all()
+
+
+def test_another_unet_needs_a_base_of_its_family(glid_base, narrow):
+    with pytest.raises(UserError, match="needs a --base, whose autoencoder and text encoder"):
+        load(unet=glid_base)
+    with pytest.raises(UserError, match="of another family"):
+        load(str(narrow("sdxl")), unet=glid_base)
+    with pytest.raises(
+        UserError, match=r"--unet .* needs a --control .* which take 9 channels, or"
+    ):
+        load(str(glid_base), unet=narrow("sd15"))
+
+
+def test_eight_channels_hear_a_controlnet_too(glid_base, control):
+    image, mask = picture(64, 64)
+    about = {"conditioning": "masked-image", "device": "cpu"}
+    ours = load(str(glid_base), str(control), **about)
+    alone, heard = (
+        ours.inpaint(image, mask, num_inference_steps=1, controlnet_conditioning_scale=scale).image
+        for scale in (0.0, 1.0)
+    )
+    assert (alone != heard).any()
+    assert (heard[mask == 0] == image[mask == 0]).all()
 
 
 def test_the_commands_take_it_without_a_controlnet(inpaint_base, tmp_path):

@@ -1,0 +1,280 @@
+"""Models from one layout to another: what `controlfill convert` does, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from controlfill.errors import UserError
+from controlfill.files import check_empty, write_folder, write_json
+from controlfill.models import configs, embedded
+from controlfill.models.controlnet import AVERAGE, find_controlnet
+from controlfill.models.formats import (
+    CONFIG_KEY,
+    CONFIGS_KEY,
+    HEADER_KEY,
+    Model,
+    Told,
+    as_original,
+    open_model,
+)
+from controlfill.models.layout import Cast, InMemory, Together, save
+from controlfill.models.lora_names import ADAPTER_KEY, from_kohya, to_kohya
+from controlfill.models.recognise import CONTROL, UNET, VAE, recognise
+from controlfill.models.single_file import Tokenizers, find_tokenizers
+from controlfill.models.weights import Weights, find_weights, open_weights
+from controlfill.options.models import ConvertOptions, Layout
+
+Report = Callable[[str, int, int], None]
+DTYPES = {"keep": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+FILES = (".safetensors", ".sft")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written: where, what it is, how many tensors, and what was left out."""
+
+    path: Path
+    what: str
+    tensors: int
+    notes: tuple[str, ...] = ()
+
+
+def convert(options: ConvertOptions, report: Report | None = None) -> Converted:
+    """Write the model of `options` in another layout. Raises UserError for what can't be done."""
+    report = report or (lambda what, done, total: None)
+    source, out = find_source(options.source), options.out
+    if out.suffix in PICKLES:
+        raise UserError(f"{out}: pickles are read, not written; name a .safetensors file")
+    if out.exists() and out.resolve() == source.resolve():
+        raise UserError(f"{out} is what is read; name another file to write")
+    in_file = out.suffix in FILES
+    if not in_file:
+        if options.layout not in (None, "diffusers"):
+            raise UserError(f"--layout {options.layout} is one file; name a .safetensors file")
+        check_empty(out, "converted model")
+    if source.is_file():
+        weights = open_weights(source)
+        what = recognise(weights)
+        if what.kind == "lora":
+            return convert_lora(weights, options, in_file)
+        if what.kind == "checkpoint" and in_file and options.layout != "diffusers":
+            return copy_checkpoint(weights, what.family, options, report)
+    model = open_model(
+        source, Told(config_from=options.config_from, prediction_type=options.prediction_type)
+    )
+    model = predicting(model, options.prediction_type)
+    if in_file:
+        return write_single(model, options, report)
+    return write_diffusers(model, source, options, report)
+
+
+def find_source(path: Path) -> Path:
+    """The file or diffusers folder that `path` means, also that of a run or of `embedded`."""
+    path = embedded.FOLDERS.get(str(path), path)
+    if (path / AVERAGE).is_file():
+        return path / AVERAGE  # a run with averaged weights means those
+    if not path.is_dir() or (path / "model_index.json").is_file():
+        return path
+    if (path / "config.json").is_file():
+        return path
+    try:
+        return find_weights(path)
+    except UserError:
+        return find_controlnet(str(path))
+
+
+def predicting(model: Model, prediction_type: str | None) -> Model:
+    """The model with what the user says that it predicts."""
+    if model.kind == "checkpoint" and prediction_type:
+        model.configs["scheduler"]["prediction_type"] = prediction_type
+    return model
+
+
+def write_single(model: Model, options: ConvertOptions, report: Report) -> Converted:
+    """Write a model as one file under the names of `options.layout`."""
+    layout = options.layout or "original"
+    if model.kind == "checkpoint":
+        weights = checkpoint_weights(model, layout)
+    else:
+        weights = lone_weights(model, layout)
+    about = dict(model.metadata)
+    about.pop("format", None)
+    if model.kind == "controlnet":
+        about[CONFIG_KEY] = json.dumps(model.configs["controlnet"], default=str)
+    else:
+        about[CONFIGS_KEY] = json.dumps(model.configs, default=str)
+    count = write(weights, options, about, report)
+    what = f"{describe(model.kind, model.family)} in the {layout} layout"
+    return Converted(options.out, what, count, model.notes)
+
+
+def checkpoint_weights(model: Model, layout: Layout) -> Weights:
+    """A whole checkpoint under the names that Stable Diffusion gave its parts."""
+    if layout == "diffusers":
+        raise UserError(
+            "a whole checkpoint in one file has original names; give --layout original, or name a "
+            "folder to write"
+        )
+    places: list[tuple[str, Weights]] = [
+        (UNET, as_original(model.parts["unet"], "unet")),
+        (VAE, as_original(model.parts["vae"], "vae")),
+    ]
+    first = model.parts["text_encoder"]
+    if "text_encoder_2" in model.parts:
+        second = as_original(model.parts["text_encoder_2"], "text_encoder_2", opened=True)
+        places.append(("conditioner.embedders.0.transformer.", first))
+        places.append(("conditioner.embedders.1.model.", second))
+    elif model.configs["text_encoder"].get("hidden_act") == configs.OPEN_CLIP["hidden_act"]:
+        opened = as_original(first, "text_encoder", opened=True)
+        places.append(("cond_stage_model.model.", opened))
+    else:
+        places.append(("cond_stage_model.transformer.", first))
+    return Together([*places, ("", configs.marks(model.configs["scheduler"]))])
+
+
+def lone_weights(model: Model, layout: Layout) -> Weights:
+    """A ControlNet, UNet or autoencoder under the names of `layout`."""
+    weights = model.parts[model.kind]
+    # kohya's tools keep diffusers' names in ControlNets of SDXL.
+    named = model.kind == "controlnet" and layout == "kohya" and model.family.startswith("sdxl")
+    if layout == "diffusers" or named:
+        return weights
+    weights = as_original(weights, model.kind)
+    prefix = CONTROL if model.kind == "controlnet" and layout == "original" else ""
+    return Together([(prefix, weights)])
+
+
+def copy_checkpoint(
+    weights: Weights, family: str, options: ConvertOptions, report: Report
+) -> Converted:
+    """Write a single-file checkpoint as another, every tensor of it, in another number format."""
+    about = {k: v for k, v in weights.metadata.items() if k != "format"}
+    if options.prediction_type and CONFIGS_KEY in about:
+        told = json.loads(about[CONFIGS_KEY])
+        told["scheduler"]["prediction_type"] = options.prediction_type
+        about[CONFIGS_KEY] = json.dumps(told)
+    wanted = configs.marks({"prediction_type": options.prediction_type})
+    extra = [name for name in wanted.names if name not in weights]
+    both = Together([("", weights), ("", InMemory({name: wanted[name] for name in extra}))])
+    count = write(both, options, about, report)
+    return Converted(options.out, f"{describe('checkpoint', family)} in the original layout", count)
+
+
+def write(weights: Weights, options: ConvertOptions, about: dict[str, str], report: Report) -> int:
+    """Write a file tensor by tensor; returns how many."""
+    total = len(weights.names)
+    save(Cast(weights, DTYPES[options.dtype]), options.out, about, counting(report, total))
+    return total
+
+
+def counting(report: Report, total: int) -> Callable[[], None]:
+    """A function that reports one more tensor each time it is called."""
+    done = 0
+
+    def told() -> None:
+        nonlocal done
+        done += 1
+        report("tensors", done, total)
+
+    return told
+
+
+def write_diffusers(
+    model: Model, source: Path, options: ConvertOptions, report: Report
+) -> Converted:
+    """Write a model as a diffusers folder."""
+    total = sum(len(weights.names) for weights in model.parts.values())
+    told = counting(report, total)
+    whole = model.kind == "checkpoint"
+    tokenizers = find_tokenizers(model, options.tokenizer, source) if whole else None
+    with write_folder(options.out) as folder:
+        for part, weights in model.parts.items():
+            place = folder / part if whole else folder
+            place.mkdir(exist_ok=True)
+            cast = Cast(weights, DTYPES[options.dtype])
+            text = part.startswith("text_encoder")
+            name = "model.safetensors" if text else "diffusion_pytorch_model.safetensors"
+            save(cast, place / name, carried(weights.metadata), told)
+            write_json(place / "config.json", plain_config(model.configs[part], options.dtype))
+        if tokenizers:
+            write_pipeline(model, tokenizers, folder)
+    what = f"{describe(model.kind, model.family)} as a diffusers folder"
+    return Converted(options.out, what, total, model.notes)
+
+
+def carried(metadata: dict[str, str]) -> dict[str, str]:
+    """What of a header goes on into a folder: our own words, without configs."""
+    return {k: v for k, v in metadata.items() if k.startswith(HEADER_KEY) and k != CONFIGS_KEY}
+
+
+def plain_config(config: configs.Config, dtype: str) -> configs.Config:
+    """A config without the number format that its weights had before."""
+    if dtype == "keep":
+        return config
+    return {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+
+
+def write_pipeline(model: Model, tokenizers: Tokenizers, folder: Path) -> None:
+    """Write what a diffusers pipeline has beside its networks."""
+    import diffusers
+
+    for name, tokenizer in tokenizers.items():
+        tokenizer.save_pretrained(folder / name)
+    (folder / "scheduler").mkdir()
+    scheduler = model.configs["scheduler"]
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    two = "text_encoder_2" in model.parts
+    kind = "StableDiffusionXL" if two else "StableDiffusion"
+    task = TASKS.get(model.configs["unet"].get("in_channels", 4), "")
+    index: dict[str, Any] = {
+        "_class_name": f"{kind}{task}Pipeline",
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+    }
+    if two:
+        index |= {
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            "force_zeros_for_empty_prompt": True,
+        }
+    else:
+        index |= {"safety_checker": [None, None], "requires_safety_checker": False}
+    write_json(folder / "model_index.json", index)
+
+
+def convert_lora(weights: Weights, options: ConvertOptions, in_file: bool) -> Converted:
+    """Write a LoRA under kohya's names, or under diffusers'."""
+    layout = options.layout or ("kohya" if in_file else "diffusers")
+    if layout == "original":
+        raise UserError("a LoRA has kohya's or diffusers' names; give --layout kohya or diffusers")
+    state = {name: weights[name] for name in weights.names}
+    about = {k: v for k, v in weights.metadata.items() if k not in ("format", ADAPTER_KEY)}
+    plain = from_kohya(state) if layout == "diffusers" else to_kohya(state, weights.metadata)
+    cast = Cast(InMemory(plain), DTYPES[options.dtype])
+    out = options.out if in_file else options.out / LORA_FILE
+    save(cast, out, about)
+    return Converted(out, f"a LoRA under {layout} names", len(plain))
+
+
+def describe(kind: str, family: str) -> str:
+    """A model in words."""
+    return f"a {KINDS[kind]}{f' of {family}' if family else ''}"
+
+
+KINDS = {"checkpoint": "checkpoint", "controlnet": "ControlNet", "unet": "UNet", "vae": "VAE"}
+# What a UNet of so many channels is for, in the names of diffusers' pipelines.
+TASKS = {9: "Inpaint", 8: "InstructPix2Pix"}

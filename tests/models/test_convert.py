@@ -1,0 +1,383 @@
+"""`controlfill convert` gives every tensor back, carries what it knows, and needs little memory."""
+
+import json
+import re
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from controlfill.cli import run
+from controlfill.data.hints import HINTS
+from controlfill.errors import UserError
+from controlfill.models import controlnet as controls
+from controlfill.models.bundle import load_bundle
+from controlfill.models.controlnet import Header, load_controlnet, read_control_header
+from controlfill.models.convert import convert, find_source
+from controlfill.models.formats import open_model
+from controlfill.models.recognise import recognise
+from controlfill.models.single_file import load_checkpoint
+from controlfill.models.weights import open_weights
+from controlfill.options import ConvertOptions
+
+HEADER = Header(
+    conditioning="masked-image/1", base="some", base_family="sd-32", prediction_type="epsilon",
+)  # fmt: skip
+
+
+def same(a, b):
+    """Whether two models have the same tensors, to the last bit."""
+    return a.parts.keys() == b.parts.keys() and all(
+        set(a.parts[part].names) == set(b.parts[part].names)
+        and all(torch.equal(a.parts[part][n], b.parts[part][n]) for n in a.parts[part].names)
+        for part in a.parts
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "channels", "pipeline"),
+    [
+        ("sd15", 9, "StableDiffusionInpaintPipeline"),
+        ("sd2", 4, "StableDiffusionPipeline"),
+        ("sdxl", 4, "StableDiffusionXLPipeline"),
+    ],
+)
+def test_bases_go_into_one_file_and_back(family, channels, pipeline, narrow, tmp_path):
+    base, file, back = narrow(family, channels), tmp_path / "x.safetensors", tmp_path / "back"
+    told = []
+    done = convert(ConvertOptions(source=base, out=file), lambda *report: told.append(report))
+    assert (done.path, done.tensors) == (file, len(open_weights(file).names))
+    assert told[-1] == ("tensors", done.tensors, done.tensors)
+    # Its header knows the narrow configs; the words it does not.
+    done = convert(ConvertOptions(source=file, out=back, tokenizer=str(base)))
+    assert not done.notes
+    first, second = open_model(base), open_model(back)
+    assert same(first, second)
+    for part, config in first.configs.items():
+        assert second.configs[part] == config
+    index = json.loads((back / "model_index.json").read_text())
+    assert index["_class_name"] == pipeline
+    assert index.keys() >= json.loads((base / "model_index.json").read_text()).keys() - {
+        "requires_aesthetics_score"
+    }
+    prediction = "v_prediction" if family == "sd2" else "epsilon"
+    assert second.configs["scheduler"]["prediction_type"] == prediction
+    assert ("v_pred" in open_weights(file)) == (family == "sd2")
+
+
+def test_converted_folders_are_pipelines_of_diffusers(narrow, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    base, file = narrow("sd15", 4), tmp_path / "x.safetensors"
+    convert(ConvertOptions(source=base, out=file))
+    convert(ConvertOptions(source=file, out=tmp_path / "back", tokenizer=str(base / "tokenizer")))
+    pictures = []
+    for folder in (base, tmp_path / "back"):
+        pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+        pipe.set_progress_bar_config(disable=True)
+        rng = torch.Generator().manual_seed(0)
+        made = pipe("a red cat", num_inference_steps=2, height=64, width=64, generator=rng,
+                    output_type="pt")  # fmt: skip
+        pictures.append(made.images)
+    assert torch.equal(*pictures)
+
+
+def test_one_file_is_loaded_as_the_folder_is(narrow, tmp_path):
+    base, file = narrow("sdxl", 4), tmp_path / "x.safetensors"
+    convert(ConvertOptions(source=base, out=file, dtype="fp16"))
+    parts = load_checkpoint(file, tokenizer=str(base))
+    assert parts.keys() == {
+        "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler",
+    }  # fmt: skip
+    for part, weights in open_model(base).parts.items():
+        state = {controls_name(n): t for n, t in parts[part].state_dict().items()}
+        assert state.keys() == {controls_name(name) for name in weights.names}
+        for name in weights.names:
+            assert torch.equal(state[controls_name(name)], weights[name].half())
+    assert not parts["unet"].training
+    assert parts["tokenizer"]("a red cat").input_ids == parts["tokenizer_2"]("a red cat").input_ids
+    unet = narrow("sd15", 4) / "unet"
+    convert(ConvertOptions(source=unet, out=tmp_path / "u.safetensors"))
+    with pytest.raises(UserError, match="is a unet, no whole checkpoint"):
+        load_checkpoint(tmp_path / "u.safetensors")
+
+
+def controls_name(name):
+    """A tensor's name in all versions of transformers."""
+    return name.removeprefix("text_model.")
+
+
+@pytest.mark.parametrize("layout", [None, "original", "diffusers", "kohya"])
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_lone_networks_come_back(part, layout, narrow, tmp_path):
+    source, file = narrow("sd15", 9) / part, tmp_path / "x.safetensors"
+    convert(ConvertOptions(source=source, out=file, layout=layout))
+    what = recognise(open_weights(file))
+    assert (what.kind, what.prefix) == (part, "")
+    assert (what.layout == "diffusers") == (layout == "diffusers")
+    convert(ConvertOptions(source=file, out=tmp_path / "back"))
+    assert same(open_model(source), open_model(tmp_path / "back"))
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def control(request, narrow, tmp_path_factory):
+    """A saved ControlNet of ours, on a narrow base."""
+    folder = tmp_path_factory.mktemp("control") / "final_model"
+    folder.mkdir()
+    bundle = load_bundle(str(narrow(request.param, 4)))
+    network = controls.make_controlnet(bundle, HINTS["masked-image"].channels)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_()
+    controls.save_controlnet(network, folder, HEADER, names=(controls.WEIGHTS, controls.SINGLE))
+    return folder, network, bundle
+
+
+@pytest.mark.parametrize("layout", ["original", "kohya", "diffusers"])
+def test_controlnets_carry_what_they_were_trained_on(layout, control, tmp_path):
+    folder, network, bundle = control
+    file = tmp_path / "x.safetensors"
+    convert(ConvertOptions(source=folder.parent, out=file, layout=layout))  # a run
+    assert read_control_header(file) == HEADER
+    loaded = load_controlnet(file, bundle, 3).state_dict()
+    assert all(torch.equal(loaded[name], t) for name, t in network.state_dict().items())
+    convert(ConvertOptions(source=file, out=tmp_path / "back"))
+    assert read_control_header(tmp_path / "back" / controls.WEIGHTS) == HEADER
+    assert same(open_model(folder), open_model(tmp_path / "back"))
+
+
+@pytest.mark.parametrize("layout", ["original", "kohya", "diffusers"])
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_controlnets_of_other_tools_are_loaded(layout, suffix, control, tmp_path):
+    folder, network, bundle = control
+    convert(ConvertOptions(source=folder, out=tmp_path / "x.safetensors", layout=layout))
+    file = tmp_path / f"foreign.{suffix}"
+    read = open_weights(tmp_path / "x.safetensors")
+    tensors = {name: read[name] for name in read.names}  # without our header
+    save_file(tensors, file) if suffix == "safetensors" else torch.save(tensors, file)
+    assert read_control_header(file) is None
+    loaded = load_controlnet(file, bundle, 3).state_dict()
+    assert all(torch.equal(loaded[name], t) for name, t in network.state_dict().items())
+    # Without a bundle, a narrow one's heads must be told.
+    if layout != "diffusers":
+        with pytest.raises(UserError, match="is of no release.*--config_from"):
+            convert(ConvertOptions(source=file, out=tmp_path / "back"))
+    convert(ConvertOptions(source=file, out=tmp_path / "told", config_from=folder))
+    assert same(open_model(folder), open_model(tmp_path / "told"))
+
+
+def test_controlnets_of_another_base_are_named(control, pipe, tmp_path):
+    folder, _, _ = control
+    convert(ConvertOptions(source=folder, out=tmp_path / "x.safetensors"))
+    with pytest.raises(UserError, match="belongs to a base with text width"):
+        load_controlnet(tmp_path / "x.safetensors", pipe.bundle, 3)
+
+
+def test_averaged_weights_are_meant_where_there_are_any(control, tmp_path):
+    from shutil import copytree
+
+    folder, network, _ = control
+    copytree(folder, tmp_path / "checkpoint-5")
+    zeros = {n: torch.zeros_like(t) for n, t in network.state_dict().items()}
+    controls.save_controlnet(
+        network, tmp_path / "checkpoint-5", HEADER, zeros, names=(controls.AVERAGE,)
+    )
+    for source in (tmp_path / "checkpoint-5", tmp_path):
+        file = tmp_path / f"{source.name}.safetensors"
+        convert(ConvertOptions(source=source, out=file))
+        assert not any(t.any() for t in open_model(file).state("controlnet").values())
+
+
+def test_what_a_merge_says_travels(narrow, tmp_path):
+    from shutil import copytree
+
+    base = tmp_path / "base"
+    copytree(narrow("sd15", 4), base)
+    unet = base / "unet" / "diffusion_pytorch_model.safetensors"
+    read = open_weights(unet)
+    tensors = {name: read[name] for name in read.names}
+    save_file(tensors, unet, {"format": "pt", "controlfill_merge": "recipe"})
+    file = tmp_path / "x.safetensors"
+    convert(ConvertOptions(source=base, out=file))
+    assert open_weights(file).metadata["controlfill_merge"] == "recipe"
+    convert(ConvertOptions(source=file, out=tmp_path / "back", tokenizer=str(base)))
+    assert open_weights(tmp_path / "back" / "unet").metadata == {
+        "format": "pt", "controlfill_merge": "recipe",
+    }  # fmt: skip
+
+
+def test_checkpoints_of_our_engine_are_converted(control, tmp_path):
+    _, network, _ = control
+    own = {"header": HEADER.__dict__, "config": dict(network.config), "average": None}
+    weights = {f"network.{n}": t for n, t in network.state_dict().items()}
+    torch.save({"state_dict": weights, "controlfill": own}, tmp_path / "last.ckpt")
+    convert(ConvertOptions(source=tmp_path / "last.ckpt", out=tmp_path / "x.safetensors"))
+    assert read_control_header(tmp_path / "x.safetensors") == HEADER
+    read = open_model(tmp_path / "x.safetensors").state("controlnet")
+    assert all(torch.equal(read[name], t) for name, t in network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [("fp16", torch.half), ("bf16", torch.bfloat16), ("fp32", torch.float), ("keep", torch.float)],
+)
+def test_number_formats(dtype, kind, narrow, tmp_path):
+    source = narrow("sd15", 4)
+    convert(ConvertOptions(source=source, out=tmp_path / "x.safetensors", dtype=dtype))
+    convert(ConvertOptions(source=source, out=tmp_path / "x", dtype=dtype))
+    for model in (open_model(tmp_path / "x.safetensors"), open_model(tmp_path / "x")):
+        for part, weights in model.parts.items():
+            assert {weights.dtype(name) for name in weights.names} == {kind}
+            name = weights.names[0]
+            assert torch.equal(weights[name], open_model(source).parts[part][name].to(kind))
+
+
+def test_old_checkpoints_lose_what_has_no_place_and_say_so(narrow, tmp_path, capsys):
+    base, file = narrow("sd2", 4), tmp_path / "old.ckpt"
+    convert(ConvertOptions(source=base, out=tmp_path / "x.safetensors"))
+    read = open_weights(tmp_path / "x.safetensors")
+    tensors = {name: read[name] for name in read.names if name != "v_pred"}
+    block = "cond_stage_model.model.transformer.resblocks"
+    more = {name.replace(f"{block}.22.", f"{block}.23."): t for name, t in tensors.items()
+            if name.startswith(f"{block}.22.")}  # fmt: skip
+    more |= {"cond_stage_model.model.text_projection": torch.zeros(32, 32), "betas": torch.ones(9)}
+    more |= {"cond_stage_model.model.logit_scale": torch.tensor(1.0)}
+    more |= {f"model_ema.x{n}": torch.ones(1) for n in range(3)}
+    torch.save({"state_dict": tensors | more, "global_step": 3}, file)
+    out = [str(tmp_path / "back"), "--tokenizer", str(base), "--config_from", str(base)]
+    words = ["convert", str(file), *out, "--prediction_type", "v_prediction"]
+    assert run(words) == 0
+    said = capsys.readouterr().out
+    assert "left out the 3 averages of training" in said
+    assert f"left out {len(more) - 3} tensors that diffusers has no place for" in said
+    assert "a checkpoint of sd-32 as a diffusers folder" in said
+    back = open_model(tmp_path / "back")
+    assert same(open_model(base), back)
+    assert back.configs["scheduler"]["prediction_type"] == "v_prediction"
+    # From file to file nothing is lost.
+    copy = tmp_path / "copy.safetensors"
+    convert(ConvertOptions(source=file, out=copy, prediction_type="v_prediction"))
+    assert set(open_weights(copy).names) == {*tensors, *more, "v_pred"}
+
+
+def test_text_encoders_of_the_first_tools_are_read(narrow, tmp_path):
+    """They were called without `text_model.`, and had their positions beside them."""
+    base, file = narrow("sd15", 4), tmp_path / "old.pt"
+    convert(ConvertOptions(source=base, out=tmp_path / "x.safetensors"))
+    read = open_weights(tmp_path / "x.safetensors")
+    tensors = {name.replace("text_model.", ""): read[name] for name in read.names}
+    tensors["cond_stage_model.transformer.embeddings.position_ids"] = torch.arange(77)
+    torch.save(tensors, file)
+    with pytest.raises(UserError, match="--config_from .*none is no folder"):
+        convert(ConvertOptions(source=file, out=tmp_path / "b", config_from=tmp_path / "none"))
+    options = ConvertOptions(
+        source=file, out=tmp_path / "back", config_from=base, tokenizer=str(base)
+    )
+    assert convert(options).notes == ("left out 1 tensors that diffusers has no place for",)
+    assert same(open_model(base), open_model(tmp_path / "back"))
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_loras_go_both_ways(family, tmp_path):
+    module = "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"
+    module = module if family == "sdxl" else module.replace("blocks.1.attn1", "blocks.0.attn1")
+    lora = {f"unet.{module}.lora_A.weight": torch.randn(2, 8),
+            f"unet.{module}.lora_B.weight": torch.randn(8, 2)}  # fmt: skip
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    save_file(lora, folder / "pytorch_lora_weights.safetensors")
+    file = tmp_path / "kohya.safetensors"
+    assert "under kohya names" in convert(ConvertOptions(source=folder, out=file)).what
+    names = {"sd15": "down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q",
+             "sdxl": "input_blocks_4_1_transformer_blocks_1_attn1_to_q"}  # fmt: skip
+    start = f"lora_unet_{names[family]}"
+    assert set(open_weights(file).names) == {
+        f"{start}.lora_down.weight", f"{start}.lora_up.weight", f"{start}.alpha",
+    }  # fmt: skip
+    done = convert(ConvertOptions(source=file, out=tmp_path / "back"))
+    read = open_weights(done.path)
+    assert done.path == tmp_path / "back" / "pytorch_lora_weights.safetensors"
+    assert all(torch.equal(read[name], tensor) for name, tensor in lora.items())
+    with pytest.raises(UserError, match="a LoRA has kohya's or diffusers' names"):
+        convert(ConvertOptions(source=file, out=tmp_path / "x.safetensors", layout="original"))
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is(narrow, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    base, file = narrow("sd15", 4), tmp_path / "x.safetensors"
+    convert(ConvertOptions(source=base, out=file))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").write_text("")
+    for options, words in [
+        ({"out": tmp_path / "x.ckpt"}, "pickles are read, not written"),
+        ({"out": file, "source": file}, "is what is read; name another"),
+        ({"out": tmp_path / "full"}, "is not empty; name a new folder"),
+        ({"out": tmp_path / "d", "layout": "original"}, "--layout original is one file"),
+        ({"out": tmp_path / "d.safetensors", "layout": "diffusers"}, "has original names"),
+        ({"out": tmp_path / "d", "source": file, "tokenizer": "none"}, "none can't be loaded"),
+        ({"out": tmp_path / "d", "source": file, "tokenizer": "a/b"}, "holds no tokenizer"),
+        ({"out": tmp_path / "d", "source": tmp_path / "none"}, "does not exist"),
+    ]:
+        with pytest.raises(UserError, match=words) as caught:
+            convert(ConvertOptions(**{"source": base, **options}))
+        assert "\n" not in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "x.safetensors"]
+
+
+def test_vocabularies_must_fit(narrow, tmp_path):
+    from controlfill.models.embedded import make_tokenizer
+
+    file = tmp_path / "x.safetensors"
+    convert(ConvertOptions(source=narrow("sd15", 4), out=file))
+    words = [f"word{n}" for n in range(30)]
+    make_tokenizer(words, tmp_path / "tokenizer")  # beside the file, where it is found
+    with pytest.raises(UserError, match=r"has 5\d\d words, the text encoder 520"):
+        convert(ConvertOptions(source=file, out=tmp_path / "back"))
+
+
+def test_embedded_is_a_source_and_has_its_own_architecture(tmp_path):
+    assert (find_source("embedded") / "model_index.json").is_file()
+    with pytest.raises(UserError, match="add_embedding.* has no name in the original layout"):
+        convert(ConvertOptions(source="embedded", out=tmp_path / "x.safetensors"))
+    done = convert(ConvertOptions(source="embedded", out=tmp_path / "x", dtype="fp16"))
+    assert "checkpoint of embedded" in done.what
+    assert load_bundle(str(tmp_path / "x")).family == "embedded"
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+import diffusers, transformers
+from controlfill.models.convert import convert
+from controlfill.options import ConvertOptions
+diffusers.ControlNetModel, diffusers.UNet2DConditionModel, transformers.CLIPTextModel
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+convert(ConvertOptions(source=Path(sys.argv[1]), out=Path(sys.argv[2])))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_large_files_need_little_memory(tmp_path):
+    """A ControlNet as large as a release's, from a sparse file."""
+    from controlfill.models.formats import part_shapes
+
+    config = {"cross_attention_dim": 768, "conditioning_channels": 3}
+    shapes = part_shapes("controlnet", config)
+    about, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * torch.Size(shape).numel()
+        about[name] = {"dtype": "F16", "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(about).encode()
+    with (tmp_path / "x.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + end)
+    largest = max(2 * torch.Size(shape).numel() for shape in shapes.values())
+    words = [sys.executable, "-c", MEASURE, tmp_path / "x.safetensors", tmp_path / "y.safetensors"]
+    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    grown = int(re.findall(r"\d+", told)[-1])
+    assert end > 700e6
+    assert grown < 1.5 * largest + 300e6
+    assert (tmp_path / "y.safetensors").stat().st_size > 700e6
