@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from controlfill import options as opts
+from controlfill.cli_models import MODELS
 from controlfill.cli_prepare import PREPARES
 from controlfill.cli_skin_generate import SKIN_GENERATE
 from controlfill.cli_skins import SKINS
@@ -17,6 +18,7 @@ from controlfill.console import (
     is_first_process,
     progress_bar,
     quiet_libraries,
+    reporter,
     reporting,
     say,
 )
@@ -74,28 +76,31 @@ def overview() -> str:
     )
 
 
-def train(options: opts.TrainOptions) -> None:
-    """`controlfill train`, also `python train.py`."""
+def train(options: opts.RunOptions) -> None:
+    """`controlfill train`, also `python train.py`, and `controlfill finetune`."""
     quiet_libraries()
     from controlfill.training.run import train as train_steps
 
-    with training_bar(options.log_steps) as show:
-        for step in train_steps(options):
+    with training_bar(options.log_steps) as (show, report):
+        for step in train_steps(options, report=report):
             show(step)
 
 
-def train_lightning(options: opts.LightningOptions) -> None:
-    """`controlfill train --engine lightning`, also `python train_lightning.py`."""
+def train_lightning(options: opts.FitOptions) -> None:
+    """The same with `--engine lightning`, also `python train_lightning.py`."""
     quiet_libraries()
     from controlfill.training.lightning import train_lightning as fit
 
-    with training_bar(options.log_every_n_steps) as show:
-        fit(options, on_step=show)
+    with training_bar(options.log_every_n_steps) as (show, report):
+        fit(options, on_step=show, report=report)
 
 
 @contextmanager
-def training_bar(log_steps: int) -> Iterator[Callable[[Any], None]]:
-    """A bar that shows Steps with their loss and rate; without a terminal, a line now and then."""
+def training_bar(log_steps: int) -> Iterator[tuple[Callable[[Any], None], Any]]:
+    """A bar that shows Steps with their loss and rate; without a terminal, a line now and then.
+
+    Beside it something that shows what comes before the first step.
+    """
     steps = 0
     with progress_bar() as bar:
         task = bar.add_task("training", total=None)
@@ -109,7 +114,7 @@ def training_bar(log_steps: int) -> Iterator[Callable[[Any], None]]:
                     say(f"step {step.index}/{step.total} {text}")
             bar.update(task, completed=step.index, total=step.total, description=text)
 
-        yield show
+        yield show, reporter(bar)
     if not steps:
         say("nothing left to train: the checkpoint already has all its steps")
 
@@ -325,6 +330,8 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "mask": (opts.MaskOptions, mask),
     "train": (opts.TrainOptions, train),
     "train_lightning": (opts.LightningOptions, train_lightning),
+    "finetune": (opts.FinetuneOptions, train),
+    "finetune_lightning": (opts.FinetuneLightningOptions, train_lightning),
     "inpaint": (opts.InpaintOptions, inpaint),
     "outpaint": (opts.OutpaintOptions, outpaint),
     "batch": (opts.BatchOptions, batch),
@@ -338,4 +345,5 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "prepare table": (opts.PrepareTableOptions, prepare_table),
     "prepare shards": (opts.PrepareShardsOptions, prepare_shards),
     **PREPARES,
+    **MODELS,
 }

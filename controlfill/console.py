@@ -66,11 +66,16 @@ def is_first_process() -> bool:
 def reporting() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar for work of several named parts."""
     with progress_bar() as bar:
-        tasks: dict[str, Any] = {}
+        yield reporter(bar)
 
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
 
-        yield report
+def reporter(bar: Progress) -> Callable[[str, int, int], None]:
+    """Shows named parts of the work as lines of `bar`."""
+    tasks: dict[str, Any] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total)
+        bar.update(tasks[what], completed=done, total=total)
+
+    return report

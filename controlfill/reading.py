@@ -15,7 +15,9 @@ import tyro
 from controlfill import options as opts
 from controlfill.errors import UserError
 
-ENGINES = {"accelerate": "train", "lightning": "train_lightning"}
+# What each engine adds to the name of a command that trains.
+ENGINES = {"accelerate": "", "lightning": "_lightning"}
+TRAINING = ("train", "finetune")
 PRESETS = Path(__file__).parent / "assets" / "presets"
 
 
@@ -101,9 +103,9 @@ def presets() -> list[str]:
 
 def take_engine(name: str, arguments: list[str]) -> tuple[str, list[str]]:
     """`train --engine lightning ...` is the command `train_lightning ...`. Raises UserError."""
-    if name != "train":
+    if name not in TRAINING:
         return name, arguments
     engine, arguments = take_option("engine", arguments, "`accelerate` or `lightning`")
     if engine is not None and engine not in ENGINES:
         raise UserError(f"--engine {engine} is none of: {', '.join(ENGINES)}")
-    return ENGINES[engine or "accelerate"], arguments
+    return name + ENGINES[engine or "accelerate"], arguments

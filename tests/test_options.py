@@ -20,7 +20,8 @@ SAMPLE = {
     "num_inference_steps", "scheduler", "seed", "feather", "mixed_precision", "device",
     "output_dir", "conditioning", "window_size", "window_overlap", "window_batch",
     "control_guidance_start", "control_guidance_end", "control_prompted_only", "guidance_start",
-    "guidance_end", "window_order", "repair_seams", "engine", "lama",
+    "guidance_end", "window_order", "repair_seams", "engine", "lama", "clip_guidance_scale",
+    "clip_guidance_model", "clip_guidance_cutouts", "clip_guidance_end",
 }  # fmt: skip
 HOLE = SAMPLE | {
     "mask_polarity", "invert_mask", "grow_mask", "soft_mask", "only_masked", "context",
@@ -38,22 +39,33 @@ CONTROL = DATA | {
     "text_loss", "text_loss_feature", "text_loss_ctc", "text_loss_weighting", "text_loss_max_t",
     "text_loss_labels", "text_loss_ocr", "rehearse",
 }  # fmt: skip
+TUNE = (CONTROL - {
+    "image_dir", "controlnet_model_name_or_path", "conditioning", "text_box_weight", "text_loss",
+    "text_loss_feature", "text_loss_ctc", "text_loss_weighting", "text_loss_max_t",
+    "text_loss_labels", "text_loss_ocr",
+}) | {
+    "instance_data_dir", "instance_prompt", "with_prior_preservation", "class_data_dir",
+    "class_prompt", "num_class_images", "prior_loss_weight", "train_text_encoder",
+    "text_encoder_lr", "use_lora", "rank", "lora_alpha", "lora_target_modules",
+}  # fmt: skip
+ACCELERATE = {
+    "gradient_accumulation_steps", "max_grad_norm", "set_grads_to_none", "mixed_precision",
+    "checkpoints_total_limit", "log_steps", "log_images_steps", "validation_steps",
+}  # fmt: skip
+LIGHTNING = {
+    "precision", "accelerator", "devices", "num_nodes", "strategy", "accumulate_grad_batches",
+    "gradient_clip_val", "save_every_n_epochs", "save_top_k", "log_every_n_steps",
+    "log_images_every_n_steps", "early_stopping_patience", "lr_find", "profiler",
+}  # fmt: skip
 FLAGS = {
     "demo": {"output_dir", "max_steps", "num_samples", "seed"},
     "doctor": {"device"},
     "preview": DATA | {"data", "conditioning", "num_samples", "output"},
     "mask": {"out", "size", "kind", "area", "text", "seed"},
-    "train": CONTROL
-    | {
-        "gradient_accumulation_steps", "max_grad_norm", "set_grads_to_none", "mixed_precision",
-        "checkpoints_total_limit", "log_steps", "log_images_steps", "validation_steps",
-    },
-    "train_lightning": CONTROL
-    | {
-        "precision", "accelerator", "devices", "num_nodes", "strategy", "accumulate_grad_batches",
-        "gradient_clip_val", "save_every_n_epochs", "save_top_k", "log_every_n_steps",
-        "log_images_every_n_steps", "early_stopping_patience", "lr_find", "profiler",
-    },
+    "train": CONTROL | ACCELERATE,
+    "train_lightning": CONTROL | LIGHTNING,
+    "finetune": TUNE | ACCELERATE,
+    "finetune_lightning": TUNE | LIGHTNING,
     "cache": DATA
     | {
         "data", "pretrained_model_name_or_path", "cache_dir", "aspect_ratio_buckets", "variants",
@@ -86,17 +98,18 @@ FLAGS = {
         "overwrite",
     },
     "prepare glyphs": {"data", "confidence", "font", "overwrite"},
-    "generate": SAMPLE | {"hint", "control", "base"},
-    "inpaint": HOLE | {"image", "mask", "control", "base"},
+    "generate": SAMPLE | {"hint", "control", "base", "lora"},
+    "inpaint": HOLE | {"image", "mask", "control", "base", "unet", "lora"},
     "outpaint": SAMPLE
-    | {"image", "control", "base", "left", "right", "top", "bottom", "expand", "to", "anchor"},
+    | {"image", "control", "base", "unet", "lora"}
+    | {"left", "right", "top", "bottom", "expand", "to", "anchor"},
     "batch": (HOLE - {"image", "mask", "num_images"})
-    | {"data", "mask_dir", "control", "base"}
+    | {"data", "mask_dir", "control", "base", "unet", "lora"}
     | {"left", "right", "top", "bottom", "expand", "to", "anchor"},
     "zoom": (SAMPLE - {"num_images"})
     | {
-        "image", "out", "control", "base", "num_zooms", "zoom_factor", "seconds_per_zoom", "fps",
-        "zoom_in",
+        "image", "out", "control", "base", "unet", "lora", "num_zooms", "zoom_factor",
+        "seconds_per_zoom", "fps", "zoom_in",
     },
     "infer": HOLE
     | {
@@ -107,6 +120,15 @@ FLAGS = {
         "data", "num_samples", "control", "base", "num_inference_steps", "scheduler",
         "guidance_scale", "classical", "objects", "eval_batch_size", "device", "output_dir",
         "conditioning",
+    },
+    "glid split": {"source", "out"},
+    "glid join": {"source", "unet", "out"},
+    "convert": {
+        "source", "out", "layout", "dtype", "prediction_type", "tokenizer", "config_from",
+    },
+    "merge": {
+        "models", "out", "method", "alpha", "weights", "block_alphas", "parts", "loras",
+        "lora_scales", "rank", "conv_rank", "energy", "layout", "dtype",
     },
 }  # fmt: skip
 

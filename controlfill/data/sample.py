@@ -27,7 +27,8 @@ class Sample:
     `objects` gives masks of things in the picture, of any size with the picture's aspect. `hint` is
     the conditioning picture of a general ControlNet, uint8 RGB (H, W, 3) like `image`. `labels` are
     texts in the picture. `moments` (2, C, h, w) come from a latent cache. `framing` is the size of
-    the picture that this is a cut of, the cut's corner and its size, where it is a cut.
+    the picture that this is a cut of, the cut's corner and its size, where it is a cut. `weight` is
+    what it counts in the loss.
     """
 
     image: np.ndarray
@@ -40,6 +41,7 @@ class Sample:
     name: str = ""
     moments: np.ndarray | None = None
     framing: tuple[int, ...] = ()
+    weight: float = 1.0
 
 
 class Source(Protocol):
@@ -126,7 +128,8 @@ class Batch:
     `image` (B, 3, H, W) in [0, 1], `mask` (B, 1, H, W) of 0 and 1, `hint` as its spec says, the
     prompts, and why pictures had to be skipped on the way. `moments` (B, 2, C, h, w), from a latent
     cache, are mean and deviation of the VAE's posterior. `labels` are each picture's texts, and
-    `framings` what each is a cut of; without them, each picture is a whole one.
+    `framings` what each is a cut of; without them, each picture is a whole one. `weights` (B,) are
+    what each counts in the loss, where they don't all count alike.
     """
 
     image: Tensor
@@ -137,6 +140,7 @@ class Batch:
     moments: Tensor | None = None
     labels: list[tuple[Label, ...]] = field(default_factory=list)
     framings: list[tuple[int, ...]] = field(default_factory=list)
+    weights: Tensor | None = None
 
     def framing(self) -> Tensor:
         """What SDXL is told of each picture, (B, 6): see Geometry.framing."""
@@ -147,8 +151,10 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
         image, mask, hint = (t.to(device) for t in (self.image, self.mask, self.hint))
-        moments = None if self.moments is None else self.moments.to(device)
-        return replace(self, image=image, mask=mask, hint=hint, moments=moments)
+        moments, weights = (
+            None if t is None else t.to(device) for t in (self.moments, self.weights)
+        )
+        return replace(self, image=image, mask=mask, hint=hint, moments=moments, weights=weights)
 
     def take(self, rows: Sequence[int]) -> Batch:
         """The pictures of `rows`, in that order; one may come twice."""
@@ -163,6 +169,7 @@ class Batch:
             moments=None if self.moments is None else self.moments[places],
             labels=[self.labels[row] for row in rows] if self.labels else [],
             framings=[self.framings[row] for row in rows] if self.framings else [],
+            weights=None if self.weights is None else self.weights[places],
         )
 
 
@@ -182,13 +189,14 @@ class Stack:
     spec: Spec
     labels: list[tuple[Label, ...]] = field(default_factory=list)
     framings: list[tuple[int, ...]] = field(default_factory=list)
+    weights: Tensor | None = None
 
     def pin_memory(self) -> Stack:
         """The same in page-locked memory, from which a GPU copies without waiting."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Stack:
-        names = ("image", "mask", "hint", "moments")
+        names = ("image", "mask", "hint", "moments", "weights")
         parts = {name: getattr(self, name) for name in names}
         return replace(self, **{n: change(t) for n, t in parts.items() if t is not None})
 
@@ -207,6 +215,7 @@ class Stack:
             moments=here.moments,
             labels=self.labels,
             framings=self.framings,
+            weights=here.weights,
         )
 
 
@@ -215,6 +224,7 @@ def stack(samples: Sequence[Sample], spec: Spec, skipped: Sequence[str] = ()) ->
     masks = [s.mask for s in samples if s.mask is not None]
     hints = [s.hint for s in samples if s.hint is not None]
     moments = [s.moments for s in samples if s.moments is not None]
+    weights = [s.weight for s in samples]
     return Stack(
         image=torch.from_numpy(np.stack([s.image for s in samples])),
         mask=torch.from_numpy(np.stack(masks)),
@@ -225,6 +235,7 @@ def stack(samples: Sequence[Sample], spec: Spec, skipped: Sequence[str] = ()) ->
         spec=spec,
         labels=[s.labels for s in samples],
         framings=[s.framing for s in samples],
+        weights=torch.tensor(weights) if set(weights) != {1.0} else None,
     )
 
 

@@ -144,10 +144,12 @@ def blanked_latents(bundle: Bundle, batch: Batch) -> Tensor:
     return known_latents(bundle, batch) * closed
 
 
-def encode_condition(bundle: Bundle, spec: Spec, batch: Batch) -> Condition:
-    """The condition of `batch`, on the device of the batch."""
+def encode_condition(
+    bundle: Bundle, spec: Spec, batch: Batch, words: Words | None = None
+) -> Condition:
+    """The condition of `batch`, on the device of the batch; `words` in place of its prompts'."""
     return Condition(
-        text=bundle.text.encode(batch.prompts),
+        text=bundle.text.encode(batch.prompts) if words is None else words,
         hint=make_hint(bundle, spec, batch),
         masked=masked_latents(bundle, batch) if bundle.sees_masks else None,
         framing=batch.framing() if bundle.asks_framing else None,

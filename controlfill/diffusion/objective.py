@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from controlfill.diffusion.losses import Weighting, cell_weights, snr_weights, s
 from controlfill.diffusion.noise import NoiseSchedule
 from controlfill.diffusion.text_loss import TextLoss, gather
 from controlfill.models.bundle import Bundle
+from controlfill.models.text import Words
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -127,7 +129,7 @@ class Objective:
         if self.weighting.snr_gamma is not None:
             weights = snr_weights(self.schedule, timesteps, self.weighting.snr_gamma)
             losses = losses * weights.to(losses)
-        return losses
+        return losses if batch.weights is None else losses * batch.weights
 
     @torch.no_grad()
     def measure(
@@ -162,15 +164,19 @@ class Objective:
         latents = self._latents(batch, rng)
         timesteps = timesteps.to(latents.device)
         noise = self._noise(latents, rng)
-        condition = encode_condition(self.bundle, self.spec, batch)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         return Seen(
             latents=latents,
             noisy=noisy,
-            prediction=self.denoiser(network, noisy, timesteps, condition),
+            prediction=self.predict(network, noisy, timesteps, batch),
             target=self.schedule.target(latents, noise, timesteps),
             timesteps=timesteps,
         )
+
+    def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
+        """What the base predicts (B, C, h, w) for `noisy`, steered by `network`."""
+        condition = encode_condition(self.bundle, self.spec, batch)
+        return self.denoiser(network, noisy, timesteps, condition)
 
     def _latents(self, batch: Batch, rng: torch.Generator) -> Tensor:
         """Latents drawn from the posterior: the cached one, or that of the VAE."""
@@ -196,3 +202,23 @@ class Objective:
         dropped = (torch.rand(len(batch.prompts), generator=rng) < self.empty_prompts).tolist()
         prompts = ["" if d else p for d, p in zip(dropped, batch.prompts, strict=True)]
         return replace(batch, prompts=prompts)
+
+
+class TuneObjective(Objective):
+    """The same loss for a base that learns itself: the network handed in is all that predicts.
+
+    Where its text encoders learn too, it reads the prompts by them.
+    """
+
+    def __init__(self, bundle: Bundle, spec: Spec, *, learns_text: bool, **more: Any) -> None:
+        super().__init__(bundle, spec, **more)
+        self.learns_text = learns_text
+
+    def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
+        """What `network` predicts (B, C, h, w) for `noisy`."""
+        unread = Words(noisy.new_zeros(len(noisy), 0)) if self.learns_text else None
+        condition = encode_condition(self.bundle, self.spec, batch, unread)
+        masked = condition.masked
+        seen = noisy if masked is None else torch.cat([noisy, masked], dim=1)
+        told = batch.prompts if self.learns_text else condition.text
+        return network(seen, timesteps, told, condition.framing)

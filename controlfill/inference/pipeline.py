@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -23,6 +23,7 @@ from controlfill.models.controlnet import (
     load_controlnet,
     read_control_header,
 )
+from controlfill.models.lora import find_lora, fuse_lora, read_lora_header
 from controlfill.models.text import Recent
 from controlfill.options import GrowOptions, HoleOptions, SampleOptions
 
@@ -39,6 +40,18 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Progress = Callable[[int, int], bool | None]
 # Told (what is being done, how much of it is done, how much there is).
 Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """Where and how networks compute: a device, torch or openvino for CPUs, a number format.
+
+    `engine` openvino reckons in `mixed_precision` inside.
+    """
+
+    device: str = "auto"
+    mixed_precision: str = "no"
+    engine: str = "torch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,32 +137,42 @@ def load(
     control: str | None = None,
     *,
     conditioning: str | None = None,
-    device: str = "auto",
-    mixed_precision: str = "no",
-    engine: str = "torch",
+    unet: str | Path | None = None,
+    loras: Sequence[str] = (),
+    **where: str,
 ) -> Pipeline:
     """Load a base and a ControlNet; without either, the embedded pair.
 
     `control` is a checkpoint, final_model, diffusers folder, .safetensors file, or `embedded`;
-    `base` is taken from its header when not given; one with a 9-channel inpaint UNet also works
-    without `control`. `conditioning` is needed only for foreign
-    weights, which don't say what they were trained with. `engine` is torch, or openvino for CPUs,
-    which reckons in `mixed_precision` inside. Raises UserError.
+    `base` is taken from its header when not given; one with an inpaint UNet of 9 or 8 channels also
+    works without `control`, and so does `unet`, a file or folder of one, in the place of the base's
+    own. Each of `loras`, FILE or FILE:scale, is added to the base's weights; the first one's base
+    is taken when none is given. `conditioning` is needed only for foreign weights, which don't say
+    what they were trained with. `where` is the `device`, the `engine` and the `mixed_precision`, as
+    `Where` has them. Raises UserError.
     """
-    if control is None and (base is None or base in embedded.CONTROLS):
+    asked = Where(**where)
+    found = [find_lora(words) for words in loras]
+    if found and base is None and control is None:
+        base = choose_lora_base(found[0][0])
+    if control is None and unet is None and (base is None or base in embedded.CONTROLS):
         control = base or embedded.EMBEDDED
     if control is None:
-        bundle, network, spec = load_alone(str(base)), None, HOLE_SPEC
+        bundle, network, spec = load_alone(base, unet), None, HOLE_SPEC
     else:
-        bundle, network, spec = load_pair(base, find_controlnet(control), conditioning)
+        bundle, network, spec = load_pair(base, find_controlnet(control), conditioning, unet)
+    for file, scale in found:
+        fuse_lora(bundle, file, scale)
     denoiser = None
-    if engine == "openvino":
-        if device not in ("auto", "cpu"):
-            raise UserError(f"--engine openvino computes on the CPU, not on --device {device}")
+    if asked.engine == "openvino":
+        if asked.device not in ("auto", "cpu"):
+            raise UserError(
+                f"--engine openvino computes on the CPU, not on --device {asked.device}"
+            )
         place, dtype = torch.device("cpu"), torch.float32
-        denoiser = OpenVinoDenoiser(bundle.unet, network, mixed_precision)
+        denoiser = OpenVinoDenoiser(bundle.unet, network, asked.mixed_precision)
     else:
-        place, dtype = pick_device(device), DTYPES[mixed_precision]
+        place, dtype = pick_device(asked.device), DTYPES[asked.mixed_precision]
     place_networks(bundle, network, place, dtype)
     bundle.text.cache = Recent(bundle.text)
     return Pipeline(bundle=bundle, network=network, spec=spec, control=control, denoiser=denoiser)
@@ -161,10 +184,20 @@ def load_for(options: Any) -> Pipeline:
         options.base,
         options.control,
         conditioning=options.conditioning,
+        unet=getattr(options, "unet", None),  # commands that follow hints have no such option
+        loras=getattr(options, "lora", ()),
         device=options.device,
         mixed_precision=options.mixed_precision,
         engine=options.engine,
     )
+
+
+def choose_lora_base(file: Path) -> str:
+    """The base that a LoRA was trained on, by its header. Raises UserError."""
+    header = read_lora_header(file)
+    if header is None:
+        raise UserError(f"{file} does not say what base it was trained on; name it with --base")
+    return header.base
 
 
 def place_networks(
@@ -182,24 +215,30 @@ def place_networks(
 
 
 def load_pair(
-    base: str | None, file: Path, conditioning: str | None
+    base: str | None, file: Path, conditioning: str | None, unet: str | Path | None = None
 ) -> tuple[Bundle, ControlNetModel, Spec]:
-    """The ControlNet in `file`, its base and its conditioning. Raises UserError."""
+    """The ControlNet in `file`, its base (with another `unet`) and its conditioning.
+
+    Raises UserError.
+    """
     header = read_control_header(file)
     spec = choose_spec(header, conditioning, file)
-    bundle = load_bundle(choose_base(header, base, file), inpainting=True)
+    bundle = load_bundle(choose_base(header, base, file), inpainting=True, unet=unet)
     check_base(header, bundle, file)
     network = load_controlnet(file, bundle, spec.channels, at_latent_size=spec.at_latent_size)
     return bundle, network, spec
 
 
-def load_alone(base: str) -> Bundle:
-    """A base that needs no ControlNet, since its UNet sees masks itself. Raises UserError."""
-    bundle = load_bundle(base, inpainting=True)
+def load_alone(base: str | None, unet: str | Path | None = None) -> Bundle:
+    """A base that needs no ControlNet, since its UNet sees what is known. Raises UserError."""
+    if base is None:
+        raise UserError(f"--unet {unet} needs a --base, whose autoencoder and text encoder it uses")
+    bundle = load_bundle(base, inpainting=True, unet=unet)
     if not bundle.sees_masks:
+        what = f"--base {base}" if unet is None else f"--unet {unet}"
         raise UserError(
-            f"--base {base} needs a --control that was trained on it; only inpaint UNets, which "
-            "take 9 channels, fill holes alone"
+            f"{what} needs a --control that was trained on it; only inpaint UNets, which take 9 "
+            "channels, or 8 in glid-3-xl-stable, fill holes alone"
         )
     return bundle
 

@@ -38,7 +38,10 @@ LEAST = {
     "window_batch": 1, "context": 1, "num_images": 1, "left": 0, "right": 0, "top": 0, "bottom": 0,
     "num_zooms": 1, "zoom_factor": 1.01, "seconds_per_zoom": 0.01, "fps": 1,
     "text_box_weight": 0, "text_loss": 0, "text_loss_feature": 0, "text_loss_ctc": 0,
-    "text_loss_labels": 1, "low": 0, "high": 1, "max_new_tokens": 1,
+    "rank": 1, "lora_alpha": 0.001, "text_encoder_lr": 0, "num_class_images": 1,
+    "prior_loss_weight": 0, "text_loss_labels": 1, "low": 0, "high": 1, "max_new_tokens": 1,
+    "clip_guidance_scale": 0, "clip_guidance_cutouts": 1,
+    "conv_rank": 0,
 }  # fmt: skip
 SHARES = {
     "ema_decay": (0, 0.999999),
@@ -49,8 +52,10 @@ SHARES = {
     "control_guidance_end": (0, 1),
     "guidance_start": (0, 1),
     "guidance_end": (0, 1),
+    "clip_guidance_end": (0, 1),
     "strength": (0, 1),
     "text_loss_max_t": (0.001, 1),
+    "energy": (0.001, 1),
     "confidence": (0, 1),
 }
 # Other names that users know, for the same option.

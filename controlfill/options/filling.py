@@ -46,6 +46,15 @@ class SampleOptions(Options):
     guidance_end: float = 0.9
     """Share of the steps after which it is not: a step without it takes half of the time, and of
     10 steps the last needs none."""
+    clip_guidance_scale: float = 0.0
+    """Weight of what a CLIP says of the picture and its prompt; 0 turns it off, and 100 to 200 is
+    usual. Slow: each step goes backwards through all networks."""
+    clip_guidance_model: str | None = None
+    """That CLIP: a folder or hub id such as openai/clip-vit-base-patch32."""
+    clip_guidance_cutouts: int = 16
+    """Random cutouts of the picture that it looks at in each step."""
+    clip_guidance_end: float = 1.0
+    """Share of the steps after which it is silent."""
     num_inference_steps: int = 10
     """Denoising steps."""
     scheduler: SchedulerName = "unipc"
@@ -151,13 +160,24 @@ class FillOptions(SeedsOptions, HoleOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairOptions(Options):
+class LoraOptions(Options):
+    """What is added to the base."""
+
+    lora: tuple[str, ...] = ()
+    """LoRAs to add to the base, FILE or FILE:0.8 for less of it; of diffusers, kohya or a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOptions(LoraOptions):
     """Which networks fill."""
 
     control: str | None = None
     """ControlNet: checkpoint folder, final_model, diffusers folder, .safetensors, or `embedded`."""
     base: str | None = None
     """The base; otherwise the one the ControlNet was trained on."""
+    unet: Path | None = None
+    """A UNet in the place of the base's own: a file of it alone, as of glid-3-xl-stable, a whole
+    checkpoint, or a diffusers folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +234,7 @@ class ZoomOptions(PairOptions, PlaceOptions, SampleOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(SeedsOptions, SampleOptions):
+class GenerateOptions(LoraOptions, SeedsOptions, SampleOptions):
     """Paint a picture that follows a conditioning picture; writes generated.png."""
 
     hint: Path

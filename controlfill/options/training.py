@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from tyro.conf import Positional
 
@@ -26,21 +26,21 @@ PLAIN: dict[str, Any] = {
     "mixed_precision": "no", "precision": "32", "gradient_accumulation_steps": 1,
     "accumulate_grad_batches": 1,
 }  # fmt: skip
-T = TypeVar("T", bound="ControlOptions")
+T = TypeVar("T", bound="LearnOptions")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlOptions(DataOptions):
-    """What training a ControlNet means, whatever the engine."""
+class LearnOptions(DataOptions):
+    """What any training means, whatever learns and whatever the engine."""
 
-    image_dir: str
-    """Folder of pictures, a table or tar shards in it, `hf:NAME`, or `world:shapes`."""
+    # What the folders of its runs begin with, and what its checkpoints are called.
+    RUN: ClassVar[str] = ""
+    WORD: ClassVar[str] = ""
+    # Options that make it another run when they change; all else is only said.
+    FIXED: ClassVar[tuple[str, ...]] = ()
+
     pretrained_model_name_or_path: str = SD15
     """The base: a diffusers folder, a hub id, or `embedded`."""
-    controlnet_model_name_or_path: str | None = None
-    """ControlNet to start from; otherwise it starts as a copy of the base's encoder."""
-    conditioning: SpecName = "masked-image"
-    """What the ControlNet sees, saved with its weights; `image` is a picture that the data has."""
     cache_dir: Path | None = None
     """Latents and texts encoded beforehand by `controlfill cache`."""
     aspect_ratio_buckets: bool = False
@@ -53,7 +53,7 @@ class ControlOptions(DataOptions):
     """Optimizer steps; overrides --num_epochs."""
     overfit_batches: int = 0
     """Only this many batches of each process again and again, to see whether a model can learn."""
-    learning_rate: float = 1e-5
+    learning_rate: float | None = None
     """Peak learning rate of AdamW."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after warm-up; linear and cosine end at zero."""
@@ -73,22 +73,6 @@ class ControlOptions(DataOptions):
     """Noise shared by a whole channel, for darker and lighter pictures; 0.05 is usual."""
     hole_weight: float = 1.0
     """How much more the hole counts than known pixels in the loss."""
-    text_box_weight: float = 1.0
-    """How much more the boxes of labels count than the rest in the loss; 2 to 5 is usual."""
-    text_loss: float = 0.0
-    """Weight of the text loss: labels are read in what one step predicts; 0 leaves it off."""
-    text_loss_feature: float = 1.0
-    """In it, weight of the distance of what the reader sees to what it sees of the true picture."""
-    text_loss_ctc: float = 10.0
-    """In it, weight of the CTC of the labels above that of the true picture."""
-    text_loss_weighting: Literal["abar", "none", "minsnr"] = "abar"
-    """How the text loss counts by noise level: by the share of signal, not at all, or Min-SNR."""
-    text_loss_max_t: float = 0.6
-    """Share of the noise levels, from the clean end, at which labels are read."""
-    text_loss_labels: int = 8
-    """Most labels read per batch."""
-    text_loss_ocr: Literal["v4", "v6"] = "v6"
-    """The PP-OCR reader that is learned from; the other one judges, where it is installed."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, slower steps."""
     enable_xformers_memory_efficient_attention: bool = False
@@ -124,6 +108,21 @@ class ControlOptions(DataOptions):
     rehearse: bool = False
     """Try the run here and now: few steps on an embedded base, small cuts, a folder of its own."""
 
+    @property
+    def pictures(self) -> str:
+        """Where the pictures to learn from are."""
+        raise NotImplementedError
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate."""
+        raise NotImplementedError
+
+    @property
+    def text_share(self) -> float:
+        """The learning rate of text encoders, over that of the rest."""
+        return 1.0
+
     def rehearsed(self: T) -> T:
         """The same run on an embedded base, at reduced size; itself unless it is a rehearsal.
 
@@ -132,27 +131,25 @@ class ControlOptions(DataOptions):
         """
         if not self.rehearse:
             return self
-        base, world, size = REHEARSALS["image" if self.conditioning == "image" else "hole"]
-        given = self.controlnet_model_name_or_path
-        there = any(sign in self.image_dir for sign in ":*{") or Path(self.image_dir).exists()
+        there = any(sign in self.pictures for sign in ":*{") or Path(self.pictures).exists()
         alone = {} if there else {"ann_file": None, "captions_file": None, "mask_dir": None}
+        changes = {**PLAIN, **alone, **self.stand_ins(there)}
         return replace(
             self,
-            image_dir=self.image_dir if there else world,
-            pretrained_model_name_or_path=base,
-            controlnet_model_name_or_path=base if given else None,
-            image_size=min(self.image_size, size),
             batch_size=min(self.batch_size, 4),
             max_steps=min(self.max_steps or REHEARSAL_STEPS, REHEARSAL_STEPS),
             output_dir=self.output_dir / "rehearsal",
-            **alone,
-            **{name: value for name, value in PLAIN.items() if hasattr(self, name)},
+            **{name: value for name, value in changes.items() if hasattr(self, name)},
         )
+
+    def stand_ins(self, there: bool) -> dict[str, Any]:
+        """Base, data and size of a rehearsal, whose data is `there` or not."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(ControlOptions):
-    """Train a ControlNet to fill holes."""
+class RunOptions(LearnOptions):
+    """The same with what the loop calls by names of its own; all shared code speaks these."""
 
     gradient_accumulation_steps: int = 1
     """Forward passes per optimizer step."""
@@ -173,8 +170,8 @@ class TrainOptions(ControlOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LightningOptions(ControlOptions):
-    """Train a ControlNet with PyTorch Lightning."""
+class FitOptions(LearnOptions):
+    """The same with what PyTorch Lightning calls by names of its own."""
 
     precision: Literal["16-mixed", "bf16-mixed", "32"] = "32"
     """Number format of the forward pass."""
@@ -194,8 +191,6 @@ class LightningOptions(ControlOptions):
     """Epochs between the checkpoints of which the best are kept."""
     save_top_k: int = 3
     """How many to keep by val/loss, or train/loss without a validation split; -1 keeps all."""
-    val_split: float = 0.05
-    """Share of the pictures kept apart for validation after every epoch."""
     log_every_n_steps: int = 50
     """Steps between log lines."""
     log_images_every_n_steps: int = 500
@@ -207,17 +202,93 @@ class LightningOptions(ControlOptions):
     profiler: Literal["simple", "advanced"] | None = None
     """Write where the time goes to logs/."""
 
+    def as_train(self) -> RunOptions:
+        """The same run in the words of the other engine, which all shared code speaks."""
+        raise NotImplementedError
+
+    def in_words(self) -> dict[str, Any]:
+        """What both engines have under different names, in the words of the other one."""
+        return {
+            "gradient_accumulation_steps": self.accumulate_grad_batches,
+            "max_grad_norm": self.gradient_clip_val,
+            "mixed_precision": PRECISIONS[self.precision],
+            "log_steps": self.log_every_n_steps,
+            "log_images_steps": self.log_images_every_n_steps,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlOptions(LearnOptions):
+    """What training a ControlNet means, whatever the engine."""
+
+    RUN: ClassVar[str] = "controlnet_inpainting_"
+    WORD: ClassVar[str] = "controlnet"
+    FIXED: ClassVar[tuple[str, ...]] = (
+        "conditioning", "pretrained_model_name_or_path", "image_dir", "ann_file",
+    )  # fmt: skip
+
+    image_dir: str
+    """Folder of pictures, a table or tar shards in it, `hf:NAME`, or `world:shapes`."""
+    controlnet_model_name_or_path: str | None = None
+    """ControlNet to start from; otherwise it starts as a copy of the base's encoder."""
+    conditioning: SpecName = "masked-image"
+    """What the ControlNet sees, saved with its weights; `image` is a picture that the data has."""
+    learning_rate: float = 1e-5
+    """Peak learning rate of AdamW."""
+    text_box_weight: float = 1.0
+    """How much more the boxes of labels count than the rest in the loss; 2 to 5 is usual."""
+    text_loss: float = 0.0
+    """Weight of the text loss: labels are read in what one step predicts; 0 leaves it off."""
+    text_loss_feature: float = 1.0
+    """In it, weight of the distance of what the reader sees to what it sees of the true picture."""
+    text_loss_ctc: float = 10.0
+    """In it, weight of the CTC of the labels above that of the true picture."""
+    text_loss_weighting: Literal["abar", "none", "minsnr"] = "abar"
+    """How the text loss counts by noise level: by the share of signal, not at all, or Min-SNR."""
+    text_loss_max_t: float = 0.6
+    """Share of the noise levels, from the clean end, at which labels are read."""
+    text_loss_labels: int = 8
+    """Most labels read per batch."""
+    text_loss_ocr: Literal["v4", "v6"] = "v6"
+    """The PP-OCR reader that is learned from; the other one judges, where it is installed."""
+
+    @property
+    def pictures(self) -> str:
+        """Where the pictures to learn from are."""
+        return self.image_dir
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate."""
+        return self.learning_rate
+
+    def stand_ins(self, there: bool) -> dict[str, Any]:
+        """Base, data and size of a rehearsal, whose data is `there` or not."""
+        base, world, size = REHEARSALS["image" if self.conditioning == "image" else "hole"]
+        given = self.controlnet_model_name_or_path
+        return {
+            "image_dir": self.image_dir if there else world,
+            "pretrained_model_name_or_path": base,
+            "controlnet_model_name_or_path": base if given else None,
+            "image_size": min(self.image_size, size),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(ControlOptions, RunOptions):
+    """Train a ControlNet to fill holes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LightningOptions(ControlOptions, FitOptions):
+    """Train a ControlNet with PyTorch Lightning."""
+
+    val_split: float = 0.05
+    """Share of the pictures kept apart for validation after every epoch."""
+
     def as_train(self) -> TrainOptions:
         """The same run in the words of the other engine, which all shared code speaks."""
-        shared = shared_values(self, ControlOptions)
-        return TrainOptions(
-            **shared,
-            gradient_accumulation_steps=self.accumulate_grad_batches,
-            max_grad_norm=self.gradient_clip_val,
-            mixed_precision=PRECISIONS[self.precision],
-            log_steps=self.log_every_n_steps,
-            log_images_steps=self.log_images_every_n_steps,
-        )
+        return TrainOptions(**shared_values(self, ControlOptions), **self.in_words())
 
 
 PRECISIONS: dict[str, Any] = {"16-mixed": "fp16", "bf16-mixed": "bf16", "32": "no"}

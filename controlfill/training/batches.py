@@ -17,7 +17,7 @@ from controlfill.data.buckets import batches_per_epoch, epoch_of_buckets
 from controlfill.data.hints import Spec
 from controlfill.data.sample import PreparedSource, Sample, Stack, stack
 from controlfill.data.streams import PreparedStream
-from controlfill.options import TrainOptions
+from controlfill.options import RunOptions
 
 Place = tuple[int, int]
 
@@ -73,6 +73,33 @@ class Bucketed:
         return self.per_epoch
 
 
+class Beside:
+    """Batches of `order`, and beside them as many of `others` pictures, all of one size.
+
+    Others come once each per turn, in a fresh order. Their places follow those of the `bucket_of`
+    pictures in order: all of them in the first size, then all in the second.
+    """
+
+    def __init__(self, order: Order, bucket_of: np.ndarray, others: int, seed: int) -> None:
+        self.order, self.bucket_of, self.others, self.seed = order, bucket_of, others, seed
+        self._turn = functools.lru_cache(2)(self._shuffle)
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        # Apart from the order of the pictures that they stand beside.
+        return np.random.default_rng((self.seed, epoch, 1)).permutation(self.others)
+
+    def batch(self, number: int) -> list[Place]:
+        """The pictures of batch number `number`, and those beside them."""
+        own = self.order.batch(number)
+        first = len(self.bucket_of) + int(self.bucket_of[own[0][1]]) * self.others
+        turns = (divmod(number * len(own) + n, self.others) for n in range(len(own)))
+        return own + [(epoch, first + int(self._turn(epoch)[place])) for epoch, place in turns]
+
+    def batches_per_epoch(self) -> float:
+        """Batches in which each picture of the order comes once."""
+        return self.order.batches_per_epoch()
+
+
 class Streamed:
     """What is known of the order of a stream: only how long an epoch is."""
 
@@ -86,6 +113,26 @@ class Streamed:
     def batches_per_epoch(self) -> float:
         """Batches in an epoch, with a fraction."""
         return self.count / self.size
+
+
+class Remaining:
+    """The batches left of an epoch, told of as the whole epoch: Lightning counts from its start."""
+
+    def __init__(self, loader: Any, length: int) -> None:
+        self.loader, self.length = loader, length
+
+    def __iter__(self) -> Any:
+        return iter(self.loader)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep: the place in the data is a function of the step."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to take up; having this method tells Lightning that resuming is exact."""
 
 
 class Places:
@@ -113,7 +160,7 @@ class Places:
             yield self.order.batch(own * self.ranks + self.rank)
 
 
-def make_order(data: PreparedSource, options: TrainOptions) -> Order:
+def make_order(data: PreparedSource, options: RunOptions) -> Order:
     """The order of `data`: by buckets where it has some."""
     bucket_of = data.bucket_of()
     if bucket_of is not None:
@@ -121,13 +168,13 @@ def make_order(data: PreparedSource, options: TrainOptions) -> Order:
     return Shuffled(len(data), options.batch_size, options.seed)
 
 
-def steps_per_epoch(order: Order, options: TrainOptions, ranks: int) -> int:
+def steps_per_epoch(order: Order, options: RunOptions, ranks: int) -> int:
     """Optimizer steps in which each picture is seen once or more; epochs hold whole steps."""
     batches = options.overfit_batches or order.batches_per_epoch() / ranks
     return max(1, math.ceil(batches / options.gradient_accumulation_steps))
 
 
-def count_steps(order: Order, options: TrainOptions, ranks: int) -> int:
+def count_steps(order: Order, options: RunOptions, ranks: int) -> int:
     """Optimizer steps of the whole run."""
     if options.max_steps is not None:
         return options.max_steps

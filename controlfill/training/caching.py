@@ -56,7 +56,7 @@ def build_cache(options: CacheOptions, report: Report) -> tuple[Path, list[str]]
     source = open_source(options.data, options)
     if isinstance(source, ShardStream):
         raise UserError("tar shards can't be cached: their pictures have no fixed places")
-    bundle = load_bundle(options.pretrained_model_name_or_path)
+    bundle = load_bundle(options.pretrained_model_name_or_path, inpainting=True)
     bundle.check_size(options.image_size)
     about = {
         **describe(options.data, source, options, options.aspect_ratio_buckets),

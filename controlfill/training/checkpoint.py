@@ -14,48 +14,46 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from controlfill.errors import UserError
 from controlfill.files import read_json, remove_leftovers, write_folder, write_json
-from controlfill.models.controlnet import (
-    AVERAGE,
-    WEIGHTS,
-    Header,
-    list_checkpoints,
-    save_controlnet,
-)
-
-if TYPE_CHECKING:
-    from diffusers import ControlNetModel
+from controlfill.models.controlnet import AVERAGE, WEIGHTS, list_checkpoints
+from controlfill.options import ControlOptions
 
 log = logging.getLogger(__name__)
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
-RUN = "controlnet_inpainting_"
 # Where Lightning's own checkpoints lie in a run's folder, and the newest of them.
 CKPTS = "checkpoints"
 LAST = "last.ckpt"
 
 
+class Write(Protocol):
+    """Writes `weights` of a network into `folder`, as WEIGHTS or AVERAGE."""
+
+    def __call__(self, folder: Path, weights: dict[str, Tensor], name: str) -> None: ...
+
+
 def save_checkpoint(
     folder: Path,
-    network: ControlNetModel,
-    header: Header,
-    optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor] | None,
+    write: Write,
+    tensors: dict[str, dict[str, Tensor]],
     state: dict[str, Any],
 ) -> None:
-    """Write a checkpoint to `folder`, whole or not at all; `state` goes into state.json."""
+    """Write a checkpoint to `folder`, whole or not at all; `state` goes into state.json.
+
+    `tensors` are whole, by the name of their file: WEIGHTS, OPTIMIZER, and AVERAGE if there is one.
+    """
     with write_folder(folder) as temporary:
-        save_controlnet(network, temporary, header)
-        save_file(flatten_optimizer(optimizer), temporary / OPTIMIZER)
-        if average is not None:
-            save_controlnet(network, temporary, header, average, (AVERAGE,))
+        save_file(tensors[OPTIMIZER], temporary / OPTIMIZER)
+        for name in (WEIGHTS, AVERAGE):
+            if name in tensors:
+                write(temporary, tensors[name], name)
         sizes = {f.name: f.stat().st_size for f in sorted(temporary.iterdir())}
         write_json(temporary / STATE, {**state, "files": sizes})
 
@@ -101,11 +99,12 @@ def prune(run: Path, limit: int | None) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def find_resume(where: str, output_dir: Path) -> Path | None:
+def find_resume(where: str, output_dir: Path, prefix: str = ControlOptions.RUN) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` means.
 
-    `latest` is the newest whole one of the newest run in `output_dir`, None where that run has none
-    yet: an older run is another run. Raises UserError for a path that holds none.
+    `latest` is the newest whole one of the newest run in `output_dir`, whose name begins with
+    `prefix`; None where that run has none yet: an older run is another run. Raises UserError for a
+    path that holds none.
     """
     if where != "latest":
         path = Path(where)
@@ -118,24 +117,19 @@ def find_resume(where: str, output_dir: Path) -> Path | None:
                 "folder, a run's folder, or `latest`"
             )
         return within[-1]
-    runs = sorted(output_dir.glob(f"{RUN}*"))
+    runs = sorted(output_dir.glob(f"{prefix}*"))
     if not runs:
         return None
     remove_leftovers(runs[-1])
     return (checkpoints_of(runs[-1]) or [None])[-1]
 
 
-def load_weights(folder: Path, network: nn.Module) -> None:
-    """Give `network` the weights of a checkpoint."""
-    network.load_state_dict(load_file(folder / WEIGHTS))
-
-
-def find_ckpt(where: str | None, output_dir: Path) -> Path | None:
+def find_ckpt(where: str | None, output_dir: Path, prefix: str = ControlOptions.RUN) -> Path | None:
     """The .ckpt file that `--resume_from_checkpoint` means. Raises UserError."""
     if where is None:
         return None
     if where == "latest":
-        runs = sorted(output_dir.glob(f"{RUN}*"))
+        runs = sorted(output_dir.glob(f"{prefix}*"))
         file = runs[-1] / CKPTS / LAST if runs else None
         if file is None or not file.is_file():
             log.warning("no checkpoint in %s yet; starting from the beginning", output_dir)

@@ -10,7 +10,8 @@ from controlfill.data.hints import open_spec
 from controlfill.errors import UserError
 from controlfill.files import write_whole
 from controlfill.models.controlnet import Header
-from controlfill.options import TrainOptions
+from controlfill.models.inpainter import TunedHeader
+from controlfill.options import FinetuneOptions, TrainOptions
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,58 @@ result.save("out")
 
 `diffusers.ControlNetModel.from_pretrained` opens this folder too.
 """
+
+
+TUNED = """---
+base_model: {base}
+library_name: diffusers
+pipeline_tag: image-to-image
+tags: [inpainting, {kind}, controlfill]
+---
+
+# {name}
+
+{what} of `{base}` ({family}, {prediction}), trained for {step} steps with
+controlfill {version}.
+
+- data: `{data}`, {size} px, batch {batch} x {accumulation}, learning rate {rate:g}
+- prompt: {prompt}
+- text encoders: {text}; class pictures: {prior}
+- masks: {masks}, {low:.0%} to {high:.0%} of the picture
+
+```
+controlfill inpaint photo.jpg mask.png --prompt "..." {flags}
+```
+
+{elsewhere}
+"""
+ELSEWHERE = {
+    True: "`load_lora_weights` of diffusers opens `pytorch_lora_weights.safetensors`; A1111 and "
+    "ComfyUI read the other file.",
+    False: "`diffusers.AutoPipelineForInpainting.from_pretrained` opens this folder too.",
+}
+
+
+def write_tuned_card(folder: Path, header: TunedHeader, options: FinetuneOptions) -> None:
+    """Write README.md, the model card of a fine-tuned base or its LoRA, into `folder`."""
+    low, high = options.mask_area
+    flags = "--base FOLDER"
+    if options.use_lora:
+        flags = f"--base {header.base} --lora pytorch_lora_weights.safetensors"
+    text = TUNED.format(
+        base=header.base, name=folder.parent.name, family=header.base_family,
+        kind="lora" if options.use_lora else "finetuned",
+        what=f"A LoRA of rank {header.rank}" if options.use_lora else "All weights",
+        prediction=header.prediction_type, version=header.version, step=header.step,
+        data=Path(options.pictures).name, size=options.image_size, batch=options.batch_size,
+        accumulation=options.gradient_accumulation_steps, rate=options.rate,
+        prompt=f"`{options.instance_prompt}`" if options.instance_prompt else "each picture's own",
+        text="trained" if options.train_text_encoder else "as in the base",
+        prior=f"`{options.class_prompt}`" if options.with_prior_preservation else "none",
+        masks=", ".join(options.mask_kinds), low=low, high=high, flags=flags,
+        elsewhere=ELSEWHERE[options.use_lora],
+    )  # fmt: skip
+    write_whole(folder / "README.md", text.encode())
 
 
 def write_card(folder: Path, header: Header, options: TrainOptions) -> None:

@@ -27,11 +27,15 @@ from controlfill.data.sample import Batch, Source, Stack
 from controlfill.diffusion.objective import Objective, step_rng
 from controlfill.errors import UserError
 from controlfill.files import write_whole
+from controlfill.inference.pipeline import Report
 from controlfill.models.controlnet import HEADER_KEY
-from controlfill.options import LightningOptions, TrainOptions
-from controlfill.training.checkpoint import CKPTS, LAST, RUN, find_ckpt
+from controlfill.options import FinetuneLightningOptions, FitOptions, RunOptions
+from controlfill.training.batches import Remaining
+from controlfill.training.checkpoint import CKPTS, LAST, find_ckpt
+from controlfill.training.kinds import prepare
 from controlfill.training.optim import Average, learning_rate, make_optimizer, set_learning_rate
-from controlfill.training.start import Run, new_folder, prepare
+from controlfill.training.sharding import learning
+from controlfill.training.start import Run, new_folder, quiet
 from controlfill.training.step import MicroBatches, Step
 from controlfill.training.stop import Stopped, StopSignals
 from controlfill.training.team import Team
@@ -41,7 +45,7 @@ log = logging.getLogger(__name__)
 OnStep = Callable[[Step], None]
 
 
-def make_team(trainer: lit.Trainer, options: TrainOptions) -> Team:
+def make_team(trainer: lit.Trainer, options: RunOptions) -> Team:
     """What the rest of the training room may know of Lightning."""
     strategy: Any = trainer.strategy
 
@@ -59,18 +63,24 @@ def make_team(trainer: lit.Trainer, options: TrainOptions) -> Team:
     )
 
 
-class ControlModule(lit.LightningModule):
+class LearnModule(lit.LightningModule):
     """The network that learns, as Lightning wants it; what is frozen stays outside of it."""
 
     def __init__(
-        self, options: LightningOptions, source: Source | None, resume: Path | None, on_step: OnStep
+        self,
+        options: FitOptions,
+        source: Source | None,
+        resume: Path | None,
+        on_step: OnStep,
+        report: Report = quiet,
     ) -> None:
         super().__init__()
         self.asked, self.options = options, options.as_train()
-        self.source, self.resume, self.on_step = source, resume, on_step
+        self.source, self.resume = source, resume
+        self.on_step, self.report = on_step, report
         self.number = 0
         self.finding = False
-        self.lr = self.options.learning_rate
+        self.lr = self.options.rate
         self.passes = MicroBatches()
         self.grad_norm = torch.zeros(())
         self.average: Average | None = None
@@ -97,8 +107,10 @@ class ControlModule(lit.LightningModule):
         if self.parts is not None:
             return
         team = make_team(self.trainer, self.options)
-        run = prepare(self.options, team, self.source)
+        run = prepare(self.options, team, self.source, self.report)
         self.network = run.network
+        # Checkpoints hold what learns; what is frozen in the network comes from the base.
+        self.strict_loading = all(p.requires_grad for p in run.network.parameters())
         if self.options.ema_decay:
             self.average = Average(run.network, self.options.ema_decay)
         self.parts = (run, run.objective(), Watchers(run, self.average, self._save_last))
@@ -110,8 +122,8 @@ class ControlModule(lit.LightningModule):
         run, profiler = self.run, cast(Any, self.trainer).profiler
         run.step = self.number // self.options.gradient_accumulation_steps
         own = self.resume.parent.parent if self.resume and self.resume.name == LAST else None
-        if own is None or not own.name.startswith(RUN):
-            own = new_folder(run.options.output_dir, run.team)
+        if own is None or not own.name.startswith(run.options.RUN):
+            own = new_folder(run.options, run.team)
         run.folder = own
         profiler.dirpath = own / "logs"
         for callback in self.trainer.checkpoint_callbacks:
@@ -239,11 +251,14 @@ class ControlModule(lit.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the place in the data, the averages, and what the network is."""
         run = self.run
+        own = {f"network.{name}" for name, _ in learning(self.network)}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: state[name] for name in state if name in own}
         checkpoint[HEADER_KEY] = {
             "number": self.number,
             "options": run.options.as_dict(),
             "header": asdict(run.header),
-            "config": dict(run.network.config),
+            "config": run.config,
             "average": self.watchers.averages,
         }
 
@@ -253,26 +268,6 @@ class ControlModule(lit.LightningModule):
         self.number = kept["number"]
         if self.average is not None and kept["average"] is not None:
             self.average.load(kept["average"])
-
-
-class Remaining:
-    """The batches left of an epoch, told of as the whole epoch: Lightning counts from its start."""
-
-    def __init__(self, loader: Any, length: int) -> None:
-        self.loader, self.length = loader, length
-
-    def __iter__(self) -> Any:
-        return iter(self.loader)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep: the place in the data is a function of the step."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take up; having this method tells Lightning that resuming is exact."""
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -294,19 +289,23 @@ class WholeFiles(TorchCheckpointIO):
 
 
 def train_lightning(
-    options: LightningOptions, source: Source | None = None, on_step: OnStep = lambda step: None
+    options: FitOptions,
+    source: Source | None = None,
+    on_step: OnStep = lambda step: None,
+    report: Report = quiet,
 ) -> Path:
-    """Train a ControlNet with Lightning; returns the run's folder.
+    """Train what `options` are for with Lightning; returns the run's folder.
 
-    `source` brings your own data; `on_step` hears of every Step. The folder holds logs/,
+    `source` brings your own data; `on_step` hears of every Step, `report` of what comes before the
+    first. The folder holds logs/,
     checkpoints/*.ckpt and final_model/. Raises UserError, and Stopped after a signal.
     """
     # Its own lines would drown ours.
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     options = options.rehearsed()
     check_device(options)
-    resume = find_ckpt(options.resume_from_checkpoint, options.output_dir)
-    module = ControlModule(options, source, resume, on_step)
+    resume = find_ckpt(options.resume_from_checkpoint, options.output_dir, options.RUN)
+    module = LearnModule(options, source, resume, on_step, report)
     trainer = make_trainer(options)
     with warnings.catch_warnings():
         # Our loader decides on workers, and an epoch may well be shorter than the log interval.
@@ -321,7 +320,7 @@ def train_lightning(
     return module.run.folder
 
 
-def make_trainer(options: LightningOptions) -> lit.Trainer:
+def make_trainer(options: FitOptions) -> lit.Trainer:
     """The Trainer that `options` describe."""
     monitor = "val/loss" if options.val_split else "train/loss"
     short = monitor.replace("/", "_")
@@ -330,7 +329,7 @@ def make_trainer(options: LightningOptions) -> lit.Trainer:
             monitor=monitor,
             save_top_k=options.save_top_k,
             every_n_epochs=options.save_every_n_epochs,
-            filename=f"controlnet-epoch={{epoch:02d}}-{short}={{{monitor}:.4f}}",
+            filename=f"{options.WORD}-epoch={{epoch:02d}}-{short}={{{monitor}:.4f}}",
             auto_insert_metric_name=False,
             save_on_train_epoch_end=True,
         )
@@ -364,7 +363,7 @@ def make_trainer(options: LightningOptions) -> lit.Trainer:
     )
 
 
-def find_learning_rate(trainer: lit.Trainer, module: ControlModule) -> None:
+def find_learning_rate(trainer: lit.Trainer, module: LearnModule) -> None:
     """Try rising rates on the first batches and take that of the steepest descent."""
     module.finding = True
     # Losses differ more between noise levels than between rates: none of them means divergence.
@@ -383,13 +382,17 @@ def find_learning_rate(trainer: lit.Trainer, module: ControlModule) -> None:
     module.parts = None
 
 
-def check_device(options: LightningOptions) -> None:
+def check_device(options: FitOptions) -> None:
     """Raise UserError for what Lightning would refuse in many lines."""
     here = torch.cuda.is_available()
     if options.accelerator == "gpu" and not here:
         raise UserError("--accelerator gpu, but no GPU is there; use --accelerator cpu")
     if options.precision == "16-mixed" and options.accelerator == "cpu":
         raise UserError("--precision 16-mixed needs a GPU; bf16-mixed works on a CPU too")
+    if isinstance(options, FinetuneLightningOptions) and options.strategy in ("fsdp", "deepspeed"):
+        raise UserError(
+            f"--strategy {options.strategy} splits weights, which finetune does not; use ddp"
+        )
     if options.lr_find and options.devices not in (1, -1):
         raise UserError("--lr_find works on one device; use --devices 1, then train on more")
 

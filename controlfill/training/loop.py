@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from controlfill.data.sample import Stack
 from controlfill.diffusion.objective import Objective, step_rng
 from controlfill.errors import UserError
-from controlfill.options import Precision, TrainOptions
+from controlfill.options import RunOptions
 from controlfill.training.optim import Average, learning_rate, set_learning_rate
+from controlfill.training.sharding import autocast, entire, precision_of, settle
 from controlfill.training.step import MicroBatches, Step
 from controlfill.training.team import Team
 
@@ -32,11 +34,11 @@ class Plan:
 
     start: int
     total: int
-    options: TrainOptions
+    options: RunOptions
     average: Average | None = None
 
 
-def make_accelerator(options: TrainOptions) -> Accelerator:
+def make_accelerator(options: RunOptions) -> Accelerator:
     """Accelerate's hold on devices, processes, number formats and accumulation."""
     # Its state outlives a run and would refuse another number format in the same process.
     AcceleratorState._reset_state()
@@ -49,11 +51,7 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU; bf16 works on a CPU too")
-    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise UserError(
-            f"this engine does not split weights over processes ({accelerator.distributed_type}); "
-            "launch it with plain MULTI_GPU, as configs/accelerate/multi_gpu.yaml does"
-        )
+    settle(accelerator, options)
     return accelerator
 
 
@@ -74,10 +72,10 @@ def make_team(accelerator: Accelerator) -> Team:
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
         device=accelerator.device,
-        precision=cast(Precision, accelerator.mixed_precision),
+        precision=precision_of(accelerator),
         tell=tell,
         total=total,
-        autocast=cast(Any, accelerator.autocast),
+        autocast=partial(autocast, accelerator),
     )
 
 
@@ -103,7 +101,7 @@ def train_loop(
             # 1) All randomness of this forward pass follows from its place in the run.
             rng = step_rng(options.seed, accelerator.process_index, number)
             # 2) Noise the picture, let ControlNet and frozen UNet predict, compare.
-            with accelerator.autocast():
+            with autocast(accelerator):
                 cost = objective.cost(network, batch.to(accelerator.device), rng)
                 loss = cost.losses.mean()
             # 3) Only the ControlNet gets gradients; Accelerate averages them between processes.
@@ -111,7 +109,7 @@ def train_loop(
             if accelerator.sync_gradients:
                 most = options.max_grad_norm or float("inf")
                 norm = accelerator.clip_grad_norm_(network.parameters(), most)
-                grad_norm = torch.as_tensor(norm)
+                grad_norm = entire(torch.as_tensor(norm))
             # 4) Between the micro-batches of one step Accelerate makes these two do nothing.
             optimizer.step()
             optimizer.zero_grad(set_to_none=options.set_grads_to_none)

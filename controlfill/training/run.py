@@ -14,23 +14,24 @@ from safetensors.torch import load_file
 from controlfill.data.sample import Source
 from controlfill.errors import UserError
 from controlfill.files import read_json
-from controlfill.models.controlnet import AVERAGE
-from controlfill.options import TrainOptions
+from controlfill.inference.pipeline import Report
+from controlfill.models.controlnet import AVERAGE, WEIGHTS
+from controlfill.options import RunOptions
 from controlfill.training import watch
 from controlfill.training.checkpoint import (
     OPTIMIZER,
-    RUN,
     STATE,
     checkpoints_of,
     find_resume,
     load_optimizer,
-    load_weights,
     prune,
     save_checkpoint,
 )
+from controlfill.training.kinds import prepare
 from controlfill.training.loop import Plan, make_accelerator, make_team, train_loop
 from controlfill.training.optim import Average, make_optimizer
-from controlfill.training.start import Run, new_folder, prepare
+from controlfill.training.sharding import cut_all, gather, gather_moments, wrap
+from controlfill.training.start import Run, new_folder, quiet
 from controlfill.training.step import Step
 from controlfill.training.stop import Stopped, StopSignals
 from controlfill.training.watchers import Watchers, Weights
@@ -43,30 +44,29 @@ FREE_OPTIONS = {
     "push_to_hub", "hub_model_id", "validation_image", "validation_mask", "validation_prompt",
     "validation_steps", "num_validation_images", "set_grads_to_none",
 }  # fmt: skip
-# Options that make it another run.
-FIXED_OPTIONS = ("conditioning", "pretrained_model_name_or_path", "image_dir", "ann_file")
 
 
-def train(options: TrainOptions, source: Source | None = None) -> Iterator[Step]:
-    """Train a ControlNet; yields each Step after it was logged and saved as `options` ask.
+def train(
+    options: RunOptions, source: Source | None = None, report: Report = quiet
+) -> Iterator[Step]:
+    """Train what `options` are for; yields each Step after it was logged and saved as they ask.
 
-    `source` brings your own data: anything with a length that gives a Sample for an index. The
-    result is in the run's folder: logs/, checkpoint-<step>/, final_model/. Raises UserError, and
-    Stopped after a signal, when all is saved.
+    `source` brings your own data: anything with a length that gives a Sample for an index; `report`
+    is told of what takes long before the first step. The result is in the run's folder: logs/,
+    checkpoint-<step>/, final_model/. Raises UserError, and Stopped after a signal, when all is
+    saved.
     """
     options = options.rehearsed()
     accelerator = make_accelerator(options)
     team = make_team(accelerator)
     resume = team.tell(find_start(options) if team.main else None)
-    run = prepare(options, team, source)
+    run = prepare(options, team, source, report)
     optimizer = make_optimizer(run.network, options)
     if resume:
         run.step = restore(run, resume, accelerator, optimizer)
+    # 1) The network and the optimizer go through Accelerate, which may wrap or split them.
+    wrapped, prepared = wrap(accelerator, run.network, optimizer)
     average = make_average(run, resume)
-    # 1) The network and the optimizer go through Accelerate, which may wrap them.
-    wrapped, prepared = accelerator.prepare(run.network, optimizer)
-    if average is not None:
-        average.to(team.device)
     run.folder = choose_folder(options, resume, run)
     watchers = Watchers(run, average, Saver(run, accelerator, optimizer))
     watchers.open(options)
@@ -96,25 +96,32 @@ class Saver:
         self.run, self.accelerator, self.optimizer = run, accelerator, optimizer
 
     def __call__(self, step: Step, averages: Weights | None) -> None:
-        """Write `checkpoint-<step>`, on the main process."""
+        """Write `checkpoint-<step>`, on the main process; all of them put its tensors together."""
         run, scaler = self.run, self.accelerator.scaler
-        if not run.team.main:
+        main = run.team.main
+        tensors = {
+            WEIGHTS: gather(run.network, None, main),
+            OPTIMIZER: gather_moments(self.optimizer, run.network, main),
+        }
+        if not main:
             return
+        if averages is not None:
+            tensors[AVERAGE] = averages
         state = {
             "step": step.index,
             "options": run.options.as_dict(),
             "scaler": scaler.state_dict() if scaler is not None else {},
         }
         folder = run.folder / f"checkpoint-{step.index}"
-        save_checkpoint(folder, run.network, run.header, self.optimizer, averages, state)
+        save_checkpoint(folder, run.write, tensors, state)
         prune(run.folder, run.options.checkpoints_total_limit)
 
 
-def find_start(options: TrainOptions) -> Path | None:
+def find_start(options: RunOptions) -> Path | None:
     """The checkpoint to go on from, if one is asked for and there; it must be of the same run."""
     if options.resume_from_checkpoint is None:
         return None
-    resume = find_resume(options.resume_from_checkpoint, options.output_dir)
+    resume = find_resume(options.resume_from_checkpoint, options.output_dir, options.RUN)
     if resume is None:
         log.warning("no checkpoint in %s yet; starting from the beginning", options.output_dir)
     else:
@@ -122,18 +129,18 @@ def find_start(options: TrainOptions) -> Path | None:
     return resume
 
 
-def choose_folder(options: TrainOptions, resume: Path | None, run: Run) -> Path:
+def choose_folder(options: RunOptions, resume: Path | None, run: Run) -> Path:
     """The run's own folder when it goes on from its end, else a new one.
 
     Going on from the middle starts a branch of its own, so that no later checkpoint is lost.
     """
     if (
         resume
-        and resume.parent.name.startswith(RUN)
+        and resume.parent.name.startswith(options.RUN)
         and checkpoints_of(resume.parent)[-1] == resume
     ):
         return resume.parent
-    return new_folder(options.output_dir, run.team)
+    return new_folder(options, run.team)
 
 
 def restore(
@@ -141,7 +148,7 @@ def restore(
 ) -> int:
     """Load the checkpoint to resume; returns its step."""
     state = read_json(resume / STATE)
-    load_weights(resume, run.network)
+    run.take(run.read(resume, WEIGHTS))
     load_optimizer(optimizer, load_file(resume / OPTIMIZER))
     if accelerator.scaler is not None and state.get("scaler"):
         accelerator.scaler.load_state_dict(state["scaler"])
@@ -150,20 +157,23 @@ def restore(
 
 
 def make_average(run: Run, resume: Path | None) -> Average | None:
-    """The average to keep: the checkpoint's own, else one that starts at the present weights."""
+    """The average to keep: the checkpoint's own, else one that starts at the present weights.
+
+    For a network that went through Accelerate already: the average is split as its weights are.
+    """
     if not run.options.ema_decay:
         return None
     average = Average(run.network, run.options.ema_decay)
     if resume and (resume / AVERAGE).is_file():
-        average.load(load_file(resume / AVERAGE))
+        average.load(cut_all(run.read(resume, AVERAGE), run.network))
     return average
 
 
-def check_same(saved: dict[str, Any], options: TrainOptions, where: Path) -> None:
+def check_same(saved: dict[str, Any], options: RunOptions, where: Path) -> None:
     """Refuse other data, base or conditioning; say which other options differ from the run's."""
     now = options.as_dict()
     changed = [k for k, v in saved.items() if k not in FREE_OPTIONS and now.get(k) != v]
-    for name in FIXED_OPTIONS:
+    for name in options.FIXED:
         if name in changed:
             raise UserError(
                 f"{where} was trained with --{name} {saved[name]}, not {now[name]}; resume with "

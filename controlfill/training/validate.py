@@ -18,7 +18,7 @@ from controlfill.images import as_mask, as_photo, as_rgb, grid, resize
 from controlfill.inference.complete import follow, inpaint
 from controlfill.inference.pipeline import Pipeline
 from controlfill.models.ocr import READERS
-from controlfill.options import HoleOptions, TrainOptions
+from controlfill.options import HoleOptions, RunOptions
 from controlfill.training.batches import Place, make_batches
 from controlfill.training.start import Run
 
@@ -126,7 +126,7 @@ def averaged(network: nn.Module, weights: dict[str, Tensor] | None) -> Iterator[
     network.eval()
     try:
         for name, parameter in network.named_parameters():
-            if weights is not None:
+            if weights is not None and name in weights:
                 parameter.data = weights[name].to(parameter)
         yield
     finally:
@@ -135,7 +135,7 @@ def averaged(network: nn.Module, weights: dict[str, Tensor] | None) -> Iterator[
         network.train()
 
 
-def check_requests(options: TrainOptions, given: bool) -> None:
+def check_requests(options: RunOptions, given: bool) -> None:
     """Raise UserError unless pictures, masks and prompts of validation belong together."""
     pictures, masks = len(options.validation_image), len(options.validation_mask)
     if masks != (0 if given else pictures):
@@ -152,7 +152,7 @@ def check_requests(options: TrainOptions, given: bool) -> None:
         )
 
 
-def draw_requests(pipeline: Pipeline, options: TrainOptions) -> np.ndarray | None:
+def draw_requests(pipeline: Pipeline, options: RunOptions) -> np.ndarray | None:
     """A row per validation picture: what is given, then results in as many seeds as asked."""
     rows = []
     prompts = options.validation_prompt or ("",)

@@ -20,6 +20,7 @@ from controlfill.images import as_rgb, grid, to_uint8
 from controlfill.inference.generate import generate_batch
 from controlfill.inference.pipeline import Pipeline
 from controlfill.options import SampleOptions
+from controlfill.training.sharding import part_of
 from controlfill.training.step import Step, mean_parts
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def check_finite(loss: float, step: int) -> None:
 @torch.no_grad()
 def check_weights(network: nn.Module, step: int) -> None:
     """Raise UserError when a weight is no number: the loss tells that only one step later."""
-    if not all(bool(torch.isfinite(p).all()) for p in network.parameters()):
+    if not all(bool(torch.isfinite(part_of(p)).all()) for p in network.parameters()):
         raise UserError(
             f"the weights became NaN or infinite at or before step {step}; lower --learning_rate. "
             "Checkpoints saved before are untouched"
@@ -111,7 +112,8 @@ def every(steps: int, do: Callable[[Step], Any]) -> Callable[[Step], None]:
 def draw_panels(pipeline: Pipeline, batch: Batch, seed: int) -> np.ndarray:
     """One row per picture: original, masked, mask, hint, prediction; always the same noise.
 
-    Where the data gives the hint nothing is masked, and the two in between are left out.
+    Where the data gives the hint nothing is masked, and the two in between are left out; without a
+    ControlNet nobody looks at the hint.
     """
     options = SampleOptions(num_inference_steps=PANEL_STEPS, seed=seed)
     predicted = to_uint8(generate_batch(pipeline, batch, options))
@@ -121,5 +123,6 @@ def draw_panels(pipeline: Pipeline, batch: Batch, seed: int) -> np.ndarray:
     for original, hole, hint, prediction in zip(originals, holes, hints, predicted, strict=True):
         masked = np.where(hole[..., None] > 0, np.uint8(128), original)
         between = [] if pipeline.spec.given else [masked, as_rgb(hole)]
-        rows.append([original, *between, hint, prediction])
+        shown = [] if pipeline.network is None else [hint]
+        rows.append([original, *between, *shown, prediction])
     return grid(rows)

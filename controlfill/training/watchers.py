@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import yaml
@@ -14,10 +15,10 @@ from controlfill.data.hints import check_range
 from controlfill.files import write_folder, write_whole
 from controlfill.images import save_image
 from controlfill.inference.pipeline import Pipeline
-from controlfill.models.controlnet import SINGLE, WEIGHTS, save_controlnet
 from controlfill.options import Options
 from controlfill.training import hub, watch
 from controlfill.training.optim import Average
+from controlfill.training.sharding import gather, is_split, whole_copy
 from controlfill.training.start import Run
 from controlfill.training.step import Step
 from controlfill.training.validate import (
@@ -69,16 +70,25 @@ class Watchers:
         for watcher in self.watchers:
             watcher(step)
 
-    def _shown(self) -> AbstractContextManager[None]:
-        """While entered, the network is what the run will end with: its average, if it has one."""
-        return averaged(self.run.network, self.average.weights if self.average else None)
+    @contextmanager
+    def _shown(self, everywhere: bool) -> Iterator[Any]:
+        """While entered, what the run will end with: the network, with its average if it has one.
+
+        Where weights are split over processes it is a copy, on the main process or `everywhere`.
+        """
+        run, weights = self.run, self.average.weights if self.average else None
+        if is_split(run.network):
+            yield whole_copy(run.network, weights, run.team.device, everywhere or run.team.main)
+        else:
+            with averaged(run.network, weights):
+                yield run.network
 
     @property
     def averages(self) -> Weights | None:
-        """The averaged weights, on the CPU."""
+        """The averaged weights, whole, on the CPU of the main process; for all to ask together."""
         if self.average is None:
             return None
-        return {name: w.cpu().contiguous() for name, w in self.average.weights.items()}
+        return gather(self.run.network, self.average.weights, self.run.team.main)
 
     def log(self, step: Step) -> None:
         """Write curves, the loss as the mean over all processes; stops when one is no number."""
@@ -87,28 +97,28 @@ class Watchers:
         values["train/loss"] = float(shares) / team.ranks
         self.writers.scalars(values, step.index)
 
-    def _pipeline(self) -> Pipeline:
-        run = self.run
-        return Pipeline(bundle=run.bundle, network=run.network, spec=run.spec)
+    def _pipeline(self, network: Any) -> Pipeline:
+        return self.run.pipeline(network)
 
     def draw(self, step: Step) -> None:
         """Panels of training pictures, to the logs and to logs/panels.png."""
-        if not self.run.team.main:
-            return
-        with self._shown(), self.run.team.autocast():
-            picture = watch.draw_panels(self._pipeline(), self.panel_batch, self.run.options.seed)
+        with self._shown(everywhere=False) as network, self.run.team.autocast():
+            if not self.run.team.main:
+                return
+            pipeline, seed = self._pipeline(network), self.run.options.seed
+            picture = watch.draw_panels(pipeline, self.panel_batch, seed)
         self.writers.picture("panels", picture, step.index)
         save_image(self.run.folder / "logs" / "panels.png", picture)
 
     def validate(self, step: Step) -> dict[str, float]:
         """Measure the pictures kept apart and draw the validation pictures; returns the means."""
         run, values = self.run, {}
-        with self._shown():
+        with self._shown(everywhere=True) as network:
             if run.data.keep is not None:
-                values = measure(run, self.objective, run.network)
+                values = measure(run, self.objective, network)
             if run.options.validation_image and run.team.main:
                 with run.team.autocast():
-                    picture = draw_requests(self._pipeline(), run.options)
+                    picture = draw_requests(self._pipeline(network), run.options)
                 assert picture is not None
                 self.writers.picture("validation", picture, step.index)
                 save_image(run.folder / "logs" / f"validation-{step.index}.png", picture)
@@ -127,12 +137,13 @@ class Watchers:
             log.warning("%d pictures were skipped", len(self.skipped.reasons))
         run = self.run
         watch.check_weights(run.network, run.step)
+        parts = self.average.weights if self.average else None
+        weights = gather(run.network, parts, run.team.main)
         if not run.team.main:
             return
         with write_folder(run.folder / "final_model") as folder:
-            save_controlnet(run.network, folder, run.header, self.averages, (WEIGHTS, SINGLE))
-            hub.write_card(folder, run.header, run.options)
+            run.finish(folder, weights)
         self.writers.close()
-        log.info("the trained ControlNet is in %s", run.folder / "final_model")
+        log.info("what was trained is in %s", run.folder / "final_model")
         if run.options.push_to_hub:
             hub.push(run.folder / "final_model", run.options.hub_model_id or run.folder.name)

@@ -10,7 +10,7 @@ import numpy as np
 
 from controlfill.errors import UserError
 from controlfill.files import refuse_full_disk
-from controlfill.options import TrainOptions
+from controlfill.options import RunOptions
 
 
 class Writer(Protocol):
@@ -104,7 +104,7 @@ class WandB:
         self.run.finish()
 
 
-def open_writers(options: TrainOptions, folder: Path, step: int) -> Writers:
+def open_writers(options: RunOptions, folder: Path, step: int) -> Writers:
     """The writers that `--report_to` names, for a run in `folder` that starts after `step`."""
     writers: list[Writer] = []
     if options.report_to in ("tensorboard", "all"):

@@ -19,8 +19,8 @@ from controlfill.options import LightningOptions
 from controlfill.training import optim
 from controlfill.training.batches import Places, make_batches
 from controlfill.training.checkpoint import checkpoints_of
+from controlfill.training.kinds import prepare
 from controlfill.training.loop import make_accelerator, make_team
-from controlfill.training.start import prepare
 
 SCRIPT = ROOT / "tests" / "training" / "two.py"
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

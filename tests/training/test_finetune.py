@@ -1,0 +1,280 @@
+"""Fine-tuning: two engines, one set of numbers, exact resumption, models that can be used."""
+
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import finish, same_weights
+from PIL import Image
+from safetensors.torch import load_file
+
+from controlfill.data.sample import Sample
+from controlfill.errors import UserError
+from controlfill.inference.complete import inpaint
+from controlfill.inference.pipeline import load
+from controlfill.models.bundle import load_bundle
+from controlfill.options import (
+    CacheOptions,
+    FinetuneLightningOptions,
+    FinetuneOptions,
+    HoleOptions,
+    TuneOptions,
+)
+from controlfill.reading import read_options, take_engine
+from controlfill.training import caching
+from controlfill.training.finetune import prepare
+from controlfill.training.lightning import train_lightning
+from controlfill.training.loop import make_accelerator, make_team
+from controlfill.training.start import quiet
+
+
+@pytest.fixture
+def tune(tmp_path, narrow):
+    """Options of a small run with all that could tell engines apart, on class pictures too."""
+    return FinetuneOptions(
+        instance_data_dir="world:shapes", instance_prompt="a cat",
+        pretrained_model_name_or_path=str(narrow("sd15", in_channels=9)),
+        image_size=64, batch_size=1, max_train_samples=5, learning_rate=1e-3, max_steps=2,
+        gradient_accumulation_steps=2, max_grad_norm=0.05, ema_decay=0.9, lr_warmup_steps=2,
+        proportion_empty_prompts=0.3, save_steps=1, log_steps=2, log_images_steps=0,
+        num_workers=0, train_text_encoder=True, text_encoder_lr=5e-4,
+        with_prior_preservation=True, class_prompt="a mat", num_class_images=2,
+        class_data_dir=class_folder(tmp_path / "class"), prior_loss_weight=0.5,
+        output_dir=tmp_path / "outputs",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def lora(tune):
+    """The same run with a LoRA."""
+    return replace(tune, use_lora=True, rank=2, lora_alpha=3.0)
+
+
+def class_folder(folder, count=3):
+    """A folder of class pictures that nobody has to paint."""
+    folder.mkdir()
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        Image.fromarray(rng.integers(0, 256, (70, 80, 3), np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+def for_lightning(options, **changes):
+    """The same run in Lightning's words."""
+    shared = {f.name: getattr(options, f.name) for f in fields(TuneOptions)}
+    words = {
+        "accumulate_grad_batches": options.gradient_accumulation_steps,
+        "gradient_clip_val": options.max_grad_norm,
+        "log_every_n_steps": options.log_steps,
+        "log_images_every_n_steps": options.log_images_steps,
+        "accelerator": "cpu",
+    }
+    return FinetuneLightningOptions(**{**shared, **words, **changes})
+
+
+def finish_lightning(options, on_step=lambda step: None):
+    losses = []
+
+    def both(step):
+        losses.append(float(step.loss))
+        on_step(step)
+
+    train_lightning(options, on_step=both)
+    return losses
+
+
+def final_folder(options):
+    (folder,) = options.output_dir.glob("finetune_inpainting_*/final_model")
+    return folder
+
+
+def final_weights(options):
+    folder = final_folder(options)
+    files = folder.rglob("*.safetensors")
+    return {f"{f.relative_to(folder)} {n}": t for f in files for n, t in load_file(f).items()
+            if not f.name.startswith("finetune_")}  # fmt: skip
+
+
+def prepared(options, source=None):
+    return prepare(options, make_team(make_accelerator(options)), source, quiet)
+
+
+@pytest.mark.parametrize("kind", ["tune", "lora"])
+def test_both_engines_stopped_or_not_learn_the_same_to_the_last_bit(kind, request, tmp_path):
+    options = request.getfixturevalue(kind)
+    losses = finish(options)
+    weights, (run,) = final_weights(options), options.output_dir.iterdir()
+    assert len(losses) == options.max_steps
+    told = for_lightning(options, output_dir=tmp_path / "lightning")
+
+    def keep(step):
+        (last,) = told.output_dir.glob("*/checkpoints/last.ckpt")
+        shutil.copy(last, tmp_path / f"{step.index}.ckpt")
+
+    assert finish_lightning(told, keep) == losses
+    assert same_weights(final_weights(told), weights)
+    for resumed, file, go_on in [
+        (options, run / "checkpoint-1", finish),
+        (told, tmp_path / "1.ckpt", finish_lightning),
+    ]:
+        other = replace(
+            resumed, output_dir=tmp_path / f"after {file.name}", resume_from_checkpoint=str(file)
+        )
+        assert go_on(other) == losses[1:]
+        assert same_weights(final_weights(other), weights)
+    if kind == "lora":  # adapters and their moments alone, a small part of the base
+        kept = [*load_file(run / "checkpoint-1" / "pytorch_lora_weights.safetensors")]
+        kept += [*torch.load(tmp_path / "1.ckpt", weights_only=True)["state_dict"]]
+        assert all(".lora_" in name for name in kept)
+
+
+def test_a_trained_lora_paints_as_it_did_in_training(lora, photo, hole):
+    options = replace(lora, ema_decay=0.0, learning_rate=0.05, max_steps=1)
+    finish(options)
+    folder = final_folder(options)
+    assert (folder / "README.md").is_file()
+    names = sorted(f.name for f in folder.glob("*.safetensors"))
+    assert names == [f"{folder.parent.name}.safetensors", "pytorch_lora_weights.safetensors"]
+    sampling = HoleOptions(prompt="a cat", num_inference_steps=2)
+    run = prepared(options)
+    run.take(run.read(folder.parent / "checkpoint-1", "diffusion_pytorch_model.safetensors"))
+    wanted = inpaint(run.pipeline(run.network), photo, hole, sampling).image
+    base = options.pretrained_model_name_or_path
+    plain = inpaint(load(base, device="cpu"), photo, hole, sampling).image
+    assert not np.array_equal(wanted, plain)
+    for name in (str(folder), *(str(folder / name) for name in names)):
+        got = inpaint(load(base, loras=[name], device="cpu"), photo, hole, sampling).image
+        np.testing.assert_allclose(got.astype(int), wanted.astype(int), atol=1)
+
+
+def test_a_finetuned_base_is_used_like_any_other(tune, photo, hole):
+    options = replace(
+        tune, pretrained_model_name_or_path="embedded", train_text_encoder=False,
+        text_encoder_lr=None, with_prior_preservation=False, class_prompt="", class_data_dir=None,
+        max_steps=1,
+    )  # fmt: skip
+    finish(options)
+    pipe = load(str(final_folder(options)), device="cpu")
+    assert pipe.bundle.unet.config.in_channels == 9
+    sampling = HoleOptions(prompt="a red circle", num_inference_steps=2)
+    result = inpaint(pipe, photo, hole, sampling)
+    np.testing.assert_array_equal(result.image[hole == 0], photo[hole == 0])
+
+
+def test_text_encoders_learn_at_a_rate_of_their_own_and_only_when_asked(tune):
+    options = replace(tune, ema_decay=0.0, learning_rate=1e-3, max_steps=1, max_grad_norm=0.0)
+    old = load_bundle(options.pretrained_model_name_or_path, inpainting=True)
+
+    def moved(options):
+        finish(options)
+        new = load_bundle(str(final_folder(options)), inpainting=True)
+        parts = [(old.unet, new.unet), (old.text.encoder, new.text.encoder)]
+        return [
+            max(
+                float((a - b).abs().max())
+                for a, b in zip(x.parameters(), y.parameters(), strict=True)
+            )
+            for x, y in parts
+        ]
+
+    unet, text = moved(replace(options, text_encoder_lr=1e-5))
+    assert text < 0.1 * unet
+    frozen = replace(
+        options, train_text_encoder=False, text_encoder_lr=None, output_dir=options.output_dir / "2"
+    )
+    assert moved(frozen)[1] == 0
+
+
+def test_caches_of_latents_serve_and_those_of_texts_only_frozen_encoders(tune, tmp_path):
+    options = replace(
+        tune, with_prior_preservation=False, class_prompt="", class_data_dir=None,
+        cache_dir=tmp_path / "cache", crop="center",
+    )  # fmt: skip
+    cache = CacheOptions(
+        data=options.instance_data_dir, image_size=64, crop="center", max_train_samples=5,
+        pretrained_model_name_or_path=options.pretrained_model_name_or_path,
+        cache_dir=tmp_path / "cache", num_workers=0,
+    )  # fmt: skip
+    caching.build_cache(cache, quiet)
+    run = prepared(options)
+    assert run.first_batch(1).moments is not None
+    assert run.bundle.text.cache is None
+    frozen = prepared(replace(options, train_text_encoder=False, text_encoder_lr=None))
+    assert frozen.bundle.text.cache is not None
+
+
+def test_panels_and_validation_show_the_base_that_learns(tune, tmp_path, photo, hole):
+    Image.fromarray(photo).save(tmp_path / "p.png")
+    Image.fromarray(hole).save(tmp_path / "m.png")
+    options = replace(
+        tune, max_steps=1, val_split=0.3, validation_steps=1, log_images_steps=1,
+        validation_image=(tmp_path / "p.png",), validation_mask=(tmp_path / "m.png",),
+        num_validation_images=1,
+    )  # fmt: skip
+    finish(options)
+    (run,) = options.output_dir.iterdir()
+    assert (run / "logs" / "panels.png").is_file()
+    assert (run / "logs" / "validation-1.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"class_prompt": ""}, "--with_prior_preservation needs a --class_prompt"),
+        ({"class_data_dir": None}, "--with_prior_preservation needs a --class_data_dir"),
+        ({"with_prior_preservation": False}, "no effect without --with_prior_preservation"),
+        ({"cache_dir": "x"}, "--cache_dir does not hold class pictures"),
+        ({"text_encoder_lr": 1e-6, "train_text_encoder": False}, "no effect without --train_text"),
+        ({"rank": 0}, "--rank is 0"),
+        ({"use_lora": True, "pretrained_model_name_or_path": "embedded"}, "needs an inpaint base"),
+        ({"use_lora": True, "lora_target_modules": ("to_z",)}, "no layer of the UNet ends so"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_mistakes_are_one_line(tune, change, words):
+    with pytest.raises(UserError, match=words) as caught:
+        prepared(replace(tune, **change))
+    assert "\n" not in str(caught.value)
+
+
+def test_own_data_goes_in_by_a_source(tune):
+    picture = np.zeros((64, 64, 3), np.uint8)
+
+    class Mine:
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return Sample(image=picture, hint=picture, prompt="" if index else "a mat")
+
+    run = prepared(replace(tune, with_prior_preservation=False, class_prompt="",
+                           class_data_dir=None, batch_size=2), Mine())  # fmt: skip
+    batch = run.first_batch(2)
+    assert batch.prompts == ["a mat", "a cat"]
+    assert float(batch.mask.mean()) < 1
+
+
+@pytest.mark.parametrize("name", ["lora", "dreambooth", "full_glid_recipe"])
+def test_shipped_configs_are_read_and_can_be_rehearsed(name):
+    words = ["--config", f"configs/finetune_{name}.yaml", "--rehearse"]
+    options = read_options(FinetuneOptions, "finetune", words)
+    small = options.rehearsed()
+    assert (small.pretrained_model_name_or_path, small.image_size) == ("embedded", 64)
+    assert (small.instance_data_dir, small.mixed_precision) == ("world:shapes", "no")
+    assert small.rate == options.rate
+    prior = small.with_prior_preservation
+    assert prior == (name == "dreambooth")
+    assert small.class_data_dir == (Path("outputs/rehearsal/class_pictures") if prior else None)
+    lightning = read_options(FinetuneLightningOptions, "finetune", ["--instance_data_dir", "x"])
+    assert lightning.as_train() == FinetuneOptions(instance_data_dir="x", val_split=0.05)
+
+
+def test_the_rate_is_that_of_the_method_unless_given():
+    bare = FinetuneOptions(instance_data_dir="x")
+    assert (bare.rate, bare.alpha, bare.text_share) == (5e-6, 16.0, 1.0)
+    assert replace(bare, use_lora=True).rate == 1e-4
+    assert replace(bare, learning_rate=1e-3, text_encoder_lr=1e-4).text_share == 0.1
+    assert take_engine("finetune", ["--engine", "lightning"]) == ("finetune_lightning", [])
