@@ -11,6 +11,7 @@ from torch import Tensor
 
 from controlfill.data.hints import check_range
 from controlfill.data.sample import Batch
+from controlfill.diffusion.clip_guidance import ClipGuide, ClipGuided
 from controlfill.diffusion.condition import encode_condition, known_latents, latent_mask
 from controlfill.diffusion.denoiser import ControlDenoiser
 from controlfill.diffusion.sampler import (
@@ -38,6 +39,7 @@ from controlfill.errors import UserError
 from controlfill.images import from_bytes
 from controlfill.inference.pipeline import Pipeline, Progress
 from controlfill.models.bundle import Bundle
+from controlfill.models.clip import load_clip
 from controlfill.options import SampleOptions
 
 # Pictures up to so many times the base's own side are seen whole, unless told otherwise.
@@ -88,7 +90,8 @@ def generate_batch(
     noise = draw_noise(seeds, shape, canvas.origin).to(bundle.device, bundle.unet.dtype)
     rngs = [torch.Generator().manual_seed(place_seed(seed, canvas.origin)) for seed in seeds]
     start = make_start(bundle, batch, options.strength, len(scheduler.timesteps))
-    denoise = make_denoise(pipeline, batch, options, open_, scheduler.timesteps)
+    guide = make_clip_guide(pipeline, batch, options, scheduler.timesteps, canvas.origin)
+    denoise = make_denoise(pipeline, batch, options, open_, scheduler.timesteps, guide)
     latents, total = noise, len(scheduler.timesteps) - (start.step if start else 0)
     steps = sample(denoise, scheduler, noise, rngs, known, start)
     for done, latents in enumerate(steps, 1):  # noqa: B007
@@ -110,11 +113,12 @@ def open_cells(batch: Batch, canvas: Canvas, factor: int) -> Tensor:
 def make_known(bundle: Bundle, batch: Batch, canvas: Canvas, open_: Tensor) -> Known | None:
     """What of `batch` is to be put back after each step; under a soft mask all, for a while.
 
-    None where nothing is known, and for inpaint UNets, which see it themselves.
+    None where nothing is known, and for inpaint UNets, which see it themselves; that of
+    glid-3-xl-stable sees no mask, and its colours drift where nothing is put back.
     """
     if canvas.soft is not None:
         return Known(latents=encode_tiled(bundle, batch.image * 2 - 1), mask=open_)
-    if bundle.sees_masks or bool(open_.all()):
+    if (bundle.sees_masks and not bundle.is_glid) or bool(open_.all()):
         return None
     return Known(latents=known_latents(bundle, batch), mask=open_)
 
@@ -128,11 +132,17 @@ def make_start(bundle: Bundle, batch: Batch, strength: float, steps: int) -> Sta
 
 
 def make_denoise(
-    pipeline: Pipeline, batch: Batch, options: SampleOptions, open_: Tensor, times: Tensor
+    pipeline: Pipeline,
+    batch: Batch,
+    options: SampleOptions,
+    open_: Tensor,
+    times: Tensor,
+    guide: ClipGuide | None = None,
 ) -> Predict:
     """The denoiser of one request: its prompts, hint, guidance and control, in windows.
 
-    `open_` (B, 1, h, w) is above 0 where latents are to be generated; `times` are the run's.
+    `open_` (B, 1, h, w) is above 0 where latents are to be generated; `times` are the run's. Each
+    window is led by `guide`, if there is one.
     """
     bundle = pipeline.bundle
     condition = encode_condition(bundle, pipeline.spec, batch)
@@ -144,14 +154,15 @@ def make_denoise(
     )
     windows = choose_windows(bundle, (open_.shape[2], open_.shape[3]), options)
 
-    def part(places: Sequence[Place]) -> Denoise:
-        return Denoise(
+    def part(places: Sequence[Place]) -> Predict:
+        denoise = Denoise(
             pipeline.denoiser or ControlDenoiser(bundle.unet),
             pipeline.network,
             condition.part(windows, places),
             guidance.repeated(len(places)) if guidance else None,
             control,
         )
+        return ClipGuided(denoise, guide, places) if guide else denoise
 
     if windows.size == windows.canvas:
         return part([(0, 0)])
@@ -168,6 +179,43 @@ def make_guidance(
         return None
     negative = pipeline.bundle.text.encode([options.negative_prompt] * count)
     return Guidance(scale=scale, without=negative, times=during)
+
+
+def make_clip_guide(
+    pipeline: Pipeline, batch: Batch, options: SampleOptions, times: Tensor, origin: Place
+) -> ClipGuide | None:
+    """CLIP guidance of a batch as `options` ask; None where they don't. Raises UserError."""
+    if not options.clip_guidance_scale:
+        return None
+    check_clip_guidance(pipeline, options, batch.prompts)
+    bundle = pipeline.bundle
+    clip = load_clip(str(options.clip_guidance_model), bundle.device)
+    return ClipGuide(
+        clip=clip,
+        bundle=bundle,
+        wanted=clip.read(batch.prompts),
+        seeds=range(options.seed, options.seed + len(batch.prompts)),
+        scale=options.clip_guidance_scale,
+        cuts=options.clip_guidance_cutouts,
+        times=times_between(times, 0, options.clip_guidance_end, wholly=False),
+        origin=origin,
+    )
+
+
+def check_clip_guidance(pipeline: Pipeline, options: SampleOptions, prompts: Sequence[str]) -> None:
+    """Raise UserError when CLIP guidance lacks what it needs."""
+    if options.clip_guidance_model is None:
+        raise UserError(
+            "--clip_guidance_scale needs --clip_guidance_model, a CLIP's folder or hub id such as "
+            "openai/clip-vit-base-patch32"
+        )
+    if not all(prompts):
+        raise UserError("--clip_guidance_scale needs a --prompt, which pictures are to come nearer")
+    if pipeline.denoiser is not None:
+        raise UserError(
+            "--clip_guidance_scale needs gradients, which --engine openvino does not give; use "
+            "--engine torch"
+        )
 
 
 def choose_windows(bundle: Bundle, canvas: tuple[int, int], options: SampleOptions) -> Windows:

@@ -48,10 +48,10 @@ class OpenVinoDenoiser(ControlDenoiser):
     ) -> Tensor:
         """As ControlDenoiser; `network` only says whether the one of the graphs speaks."""
         speaks = network is not None and bool(scale)
-        text = condition.text
-        inputs = {"noisy": noisy, "timestep": timesteps, "text": text.tokens}
-        more = {"pooled": text.pooled, "framing": condition.framing, "masked": condition.masked}
-        inputs |= {name: tensor for name, tensor in more.items() if tensor is not None}
+        seen = noisy if condition.masked is None else torch.cat([noisy, condition.masked], dim=1)
+        inputs = {"seen": seen, "timestep": timesteps, "text": condition.text.tokens}
+        if added := condition.added():
+            inputs["added"] = torch.cat([added["text_embeds"], added["time_ids"]], dim=1)
         if speaks:
             inputs |= {"hint": condition.hint, "scale": torch.tensor(float(scale))}
         kind = (speaks, speaks and bool(spared))
@@ -85,19 +85,26 @@ class Joined(nn.Module):
 
     def forward(
         self,
-        noisy: Tensor,
+        seen: Tensor,
         timestep: Tensor,
         text: Tensor,
-        pooled: Tensor | None = None,
-        framing: Tensor | None = None,
-        masked: Tensor | None = None,
+        added: Tensor | None = None,
         hint: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """The prediction (B, C, h, w); with `spares` the first half hears no ControlNet."""
-        told = noisy if hint is None else hint
-        words = Words(text, pooled)
-        condition = Condition(text=words, hint=told, masked=masked, framing=framing)
+        """The prediction (B, C, h, w); with `spares` the first half hears no ControlNet.
+
+        `seen` is the noisy latents, and behind them what inpaint UNets see beside; `added` are
+        SDXL's pooled words and, last, its six numbers of size and cut.
+        """
+        latents: int = self.unet.config["out_channels"]
+        noisy, masked = seen[:, :latents], seen[:, latents:]
+        condition = Condition(
+            text=Words(text) if added is None else Words(text, added[:, :-6]),
+            hint=noisy if hint is None else hint,
+            masked=masked if masked.shape[1] else None,
+            framing=None if added is None else added[:, -6:],
+        )
         spared = noisy.shape[0] // 2 if self.spares else 0
         loud: Any = 0.0 if scale is None else scale
         return ControlDenoiser(self.unet)(self.network, noisy, timestep, condition, loud, spared)
