@@ -3,7 +3,8 @@
     python recipes/ship_embedded.py --base outputs/embedded/base \
         --control outputs/controlnet_inpainting_<time>/final_model
 
-`--name embedded-skins` ships them as the base of keyboard skins.
+`--name embedded-skins` ships them as the base of keyboard skins, `--name embedded-inpaint` a base
+that fills holes without a ControlNet.
 """
 
 from __future__ import annotations
@@ -14,10 +15,23 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
 from controlfill.files import write_folder
 from controlfill.inference.pipeline import load
 from controlfill.models import embedded
 from controlfill.models.controlnet import find_controlnet, read_control_header, save_controlnet
+
+
+def halve(file: Path) -> None:
+    """Write the weights of `file` in half precision."""
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    weights = load_file(file)
+    if any(tensor.dtype == torch.float32 for tensor in weights.values()):
+        save_file({name: tensor.half() for name, tensor in weights.items()}, file, metadata)
 
 
 def main() -> None:
@@ -36,14 +50,16 @@ def main() -> None:
         assert network is not None
         with write_folder(embedded.CONTROLS[name]) as written:
             save_controlnet(network.half(), written, replace(header, base=name))
-    for file in folder.rglob("*.*"):
-        file.chmod(0o644)
     for file in folder.rglob("config.json"):
         # diffusers writes from which folder a network once came.
         words = json.loads(file.read_text("utf-8"))
         words.pop("_name_or_path", None)
         file.write_text(json.dumps(words, indent=2) + "\n", "utf-8")
-    weights = folder.rglob("*.safetensors")
+    weights = list(folder.rglob("*.safetensors"))
+    for file in weights:
+        halve(file)
+    for file in folder.rglob("*.*"):
+        file.chmod(0o644)
     print(f"{sum(f.stat().st_size for f in weights) / 1e6:.1f} MB in {folder}")
 
 

@@ -17,11 +17,15 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-# The base of coloured shapes, and that of keyboard skins.
-EMBEDDED, SKINS = "embedded", "embedded-skins"
+# The base of coloured shapes, its sibling that sees masks itself, and the base of keyboard skins.
+EMBEDDED, INPAINT, SKINS = "embedded", "embedded-inpaint", "embedded-skins"
 ASSETS = Path(__file__).parent.parent / "assets"
-FOLDERS = {EMBEDDED: ASSETS / "embedded", SKINS: ASSETS / "embedded_skins"}
-# The ControlNet beside each.
+FOLDERS = {
+    EMBEDDED: ASSETS / "embedded",
+    INPAINT: ASSETS / "embedded_inpaint",
+    SKINS: ASSETS / "embedded_skins",
+}
+# The ControlNets beside them.
 CONTROLS = {
     EMBEDDED: FOLDERS[EMBEDDED] / "controlnet_inpaint",
     SKINS: FOLDERS[SKINS] / "controlnet_skins",
