@@ -39,6 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--control", default="embedded-skins")
     parser.add_argument("--themes", type=int, default=12)
     parser.add_argument("--first", type=int, default=0, help="another set of held-out themes")
+    parser.add_argument("--seed", type=int, default=0, help="another set of noises")
     parser.add_argument("--pictures", type=Path, help="where to write what was painted")
     common.add_output(parser)
     return parser.parse_args()
@@ -48,7 +49,7 @@ def adherence(pipeline: Pipeline, world: str, told: argparse.Namespace) -> Resul
     """KeyFit of each theme: painted, for shuffled keys, after the autoencoder; labels read."""
     source = SkinSource(SKIN_WORLDS[world], HELD_OUT + told.first, told.themes, held_out=True)
     painted, coded = (
-        paint(pipeline, source, told.themes),
+        paint(pipeline, source, told.themes, told.seed),
         through_vae(pipeline, source, told.themes),
     )
     found: Result = {"painted": [], "shuffled": [], "autoencoder": []}

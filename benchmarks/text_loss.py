@@ -91,9 +91,12 @@ def judge(pictures: list[np.ndarray], source: SkinSource) -> Result:
     return {name: float(np.mean(right)) for name, right in found.items()}
 
 
-def paint(pipeline: Pipeline, source: SkinSource, count: int) -> list[np.ndarray]:
-    """A picture for the hint and words of each of the first themes."""
-    asked = [HoleOptions(prompt=source[n].prompt, seed=n, window_size=0) for n in range(count)]
+def paint(pipeline: Pipeline, source: SkinSource, count: int, seed: int = 0) -> list[np.ndarray]:
+    """A picture for hint and words of each of the first themes; others with another `seed`."""
+    seeds = [n + 1000 * seed for n in range(count)]
+    asked = [
+        HoleOptions(prompt=source[n].prompt, seed=s, window_size=0) for n, s in enumerate(seeds)
+    ]
     return [follow(pipeline, source[n].hint, asked[n]).image for n in range(count)]
 
 

@@ -7,7 +7,8 @@ OUT=${OUT:-outputs/skins_gpu}
 PY=${PYTHON:-python3}
 export PYTHONPATH=.
 began=$SECONDS
-$PY recipes/skins_base.py --work_dir "$OUT" --vae_steps 12000 --alone_steps 4000 --steps 24000
+$PY recipes/skins_base.py --work_dir "$OUT" --vae_steps 12000 --alone_steps 4000 --steps 24000 \
+    --decoder_steps 12000
 echo "base and ControlNet: $((SECONDS - began)) s"
 $PY -m benchmarks.skins --base "$OUT/base" --control "$OUT/control" --themes 24 --pictures "$OUT/pictures"
 began=$SECONDS

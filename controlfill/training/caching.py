@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def read_cuts(
     yield from DataLoader(
         Cuts(data, keys, options.text),
         batch_size=options.batch_size,
-        num_workers=options.num_workers,
+        num_workers=min(options.num_workers, os.cpu_count() or 1),
         collate_fn=list,
         worker_init_fn=calm_worker,
     )

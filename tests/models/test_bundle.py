@@ -9,7 +9,9 @@ import torch
 
 from controlfill.errors import UserError
 from controlfill.models.bundle import current_name, find_base, load_bundle
+from controlfill.models.convert import convert
 from controlfill.models.text import Recent
+from controlfill.options import ConvertOptions
 
 
 def test_the_embedded_base(pipe):
@@ -136,3 +138,32 @@ def test_prompts_are_encoded_once(pipe, monkeypatch):
     text.encode(["b"])
     text.encode(["a red star", ""])  # forgotten by now
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd2", "sdxl"])
+def test_a_whole_checkpoint_in_one_file_is_a_base(family, narrow, tmp_path):
+    folder = narrow(family)
+    file = tmp_path / "whole.safetensors"
+    convert(ConvertOptions(source=folder, out=file), lambda *_: None)
+    for part in folder.glob("tokenizer*"):
+        shutil.copytree(part, tmp_path / part.name)
+    bundle, expected = load_bundle(str(file)), load_bundle(str(folder))
+    assert (bundle.family, bundle.prediction_type) == (expected.family, expected.prediction_type)
+    assert bundle.fingerprints() == expected.fingerprints()
+    words, others = (b.text.encode(["a red cat", ""]) for b in (bundle, expected))
+    assert torch.equal(words.tokens, others.tokens)
+    for name, weight in expected.unet.state_dict().items():
+        assert torch.equal(bundle.unet.state_dict()[name], weight)
+
+
+def test_a_file_that_is_no_whole_checkpoint_is_refused(narrow):
+    unet = narrow("sd15") / "unet" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        load_bundle(str(unet))
+
+
+def test_a_base_without_its_tokenizer_is_refused(narrow, tmp_path):
+    shutil.copytree(narrow("sd15"), tmp_path / "base")
+    shutil.rmtree(tmp_path / "base" / "tokenizer")
+    with pytest.raises(UserError, match="tokenizer"):
+        load_bundle(str(tmp_path / "base"))
