@@ -194,7 +194,7 @@ def test_train_shows_loss_and_eta(files, capfd, caplog):
     said = capfd.readouterr()
     assert "step 2/2 loss" in said.out
     assert "ETA" in said.err
-    assert "the trained ControlNet is in out/controlnet_inpainting_" in caplog.text
+    assert "what was trained is in out/controlnet_inpainting_" in caplog.text
 
 
 @pytest.mark.parametrize("error", [MemoryError("big"), RuntimeError("can't allocate memory: big")])

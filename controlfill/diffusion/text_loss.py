@@ -139,7 +139,8 @@ def cut_labels(bundle: Bundle, schedule: NoiseSchedule, seen: Seen, spots: Seque
     windows = place_windows(spots, (implied.shape[2], implied.shape[3]), bundle.factor)
     predicted = bundle.decode_freely(cut_windows(implied, spots, windows))
     with torch.no_grad():
-        reference = bundle.decode(cut_windows(seen.latents, spots, windows))
+        # Not clamped either: a decoder that overshoots would make the true picture cost something.
+        reference = bundle.decode_freely(cut_windows(seen.latents, spots, windows))
     size = (predicted.shape[2], predicted.shape[3])
     boxes = [
         around(moved(spot.box, window, bundle.factor), size)

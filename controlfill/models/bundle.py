@@ -6,6 +6,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -116,7 +117,8 @@ class Bundle:
     @torch.no_grad()
     def encode_moments(self, image: Tensor) -> Tensor:
         """Mean and deviation (B, 2, C, h, w) of the posterior of (B, 3, H, W) in [-1, 1]."""
-        encoded: Any = self.vae.encode(image.to(self.vae.dtype))
+        with self._own_precision():
+            encoded: Any = self.vae.encode(image.to(self.vae.dtype))
         return torch.stack([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1)
 
     def draw_latents(self, moments: Tensor, rng: torch.Generator | None = None) -> Tensor:
@@ -140,8 +142,17 @@ class Bundle:
         """The picture (B, 3, H, W), differentiable, with what stands out of [0, 1]."""
         latents = latents / self.vae.config["scaling_factor"] + self._shift
         vae: Any = self.vae
-        image = vae.decode(latents.to(vae.dtype)).sample
+        with self._own_precision():
+            image = vae.decode(latents.to(vae.dtype)).sample
         return image.float() / 2 + 0.5
+
+    def _own_precision(self) -> AbstractContextManager[Any]:
+        """SDXL's autoencoder overflows in half precision, also where training asks for that."""
+        return (
+            torch.autocast(self.vae.device.type, enabled=False)
+            if self.asks_framing
+            else nullcontext()
+        )
 
     @property
     def _shift(self) -> float:

@@ -23,7 +23,7 @@ from controlfill.files import read_header
 from controlfill.models.bundle import Bundle, current_name
 from controlfill.models.controlnet import HEADER_KEY
 from controlfill.models.inpainter import PARTS, Inpainter, TunedHeader, unread_parts
-from controlfill.models.lora_names import ADAPTER_KEY, pairs, read_alphas, to_kohya
+from controlfill.models.lora_names import ADAPTER_KEY, pairs, read_alphas, rooted, to_kohya
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,19 +141,24 @@ def save_kohya(file: Path, lora: Path) -> None:
 
 
 def read_pairs(file: Path) -> list[tuple[str, Tensor, Tensor, float]]:
-    """Layer, matrices A and B, and alpha / rank of a LoRA file of any tool. Raises UserError."""
+    """Layer, matrices A and B, and scale of a LoRA file of any tool. Raises UserError.
+
+    The scale is alpha / rank, or alpha / sqrt(rank) where PEFT trained with rank stabilisation.
+    """
     try:
-        tensors, told = load_file(file), read_alphas(read_header(file))
-        found = pairs(tensors)
+        tensors, about = load_file(file), read_header(file)
+        found, told = pairs(tensors), read_alphas(about)
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"the LoRA {file} could not be read as safetensors: {reason}") from error
     except UserError as error:
         raise UserError(f"the LoRA {file}: {error}") from error
-    return [
-        (layer, down, up, (told(layer, len(down)) if alpha is None else alpha) / len(down))
-        for layer, (down, up, alpha) in found.items()
-    ]
+    read = []
+    for layer, (down, up, alpha) in found.items():
+        rank = len(down)
+        size = told(layer, rank) * rooted(about, layer, rank) if alpha is None else alpha
+        read.append((layer, down, up, size / rank))
+    return read
 
 
 def read_lora_header(file: Path) -> TunedHeader | None:
@@ -167,7 +172,7 @@ def read_lora_header(file: Path) -> TunedHeader | None:
 
 
 def find_lora(words: str) -> tuple[Path, float]:
-    """The file and the scale that FILE[:scale] means; a folder means the LoRA in it.
+    """The file and the scale that FILE[:scale] means; a folder or run means the LoRA in it.
 
     Raises UserError.
     """
@@ -177,7 +182,9 @@ def find_lora(words: str) -> tuple[Path, float]:
     except ValueError:
         where, scale = "", 1.0
     path = Path(where or words)
-    for file in (path, path / LORA, path / "final_model" / LORA):
+    # Of a folder of runs, the newest that came to its end.
+    runs = sorted(path.glob(f"*/final_model/{LORA}"), reverse=True)
+    for file in (path, path / LORA, path / "final_model" / LORA, *runs):
         if file.is_file():
             return file, scale
     raise UserError(f"--lora {words}: there is no such file; give a .safetensors, or FILE:0.8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -78,16 +79,18 @@ class TuneOptions(LearnOptions):
     def stand_ins(self, there: bool) -> dict[str, Any]:
         """Base, data and size of a rehearsal, whose data is `there` or not.
 
-        Few class pictures are painted, into a folder of its own.
+        Few class pictures are painted, into a folder for those of this prompt, size and seed.
         """
         base, world, size = REHEARSALS["hole"]
-        folder = self.output_dir / "rehearsal" / "class_pictures"
+        prior, side = self.with_prior_preservation, min(self.image_size, size)
+        key = hashlib.sha256(repr((self.class_prompt, side, self.seed)).encode()).hexdigest()[:8]
+        folder = self.output_dir / "rehearsal" / f"class_pictures-{key}"
         return {
             "instance_data_dir": self.instance_data_dir if there else world,
             "pretrained_model_name_or_path": base,
-            "image_size": min(self.image_size, size),
-            "class_data_dir": folder if self.with_prior_preservation else None,
-            "num_class_images": min(self.num_class_images, 4),
+            "image_size": side,
+            "class_data_dir": folder if prior else None,
+            "num_class_images": min(self.num_class_images, 4) if prior else self.num_class_images,
         }
 
 
@@ -99,9 +102,6 @@ class FinetuneOptions(TuneOptions, RunOptions):
 @dataclass(frozen=True, kw_only=True)
 class FinetuneLightningOptions(TuneOptions, FitOptions):
     """Fine-tune a base with PyTorch Lightning."""
-
-    val_split: float = 0.05
-    """Share of the pictures kept apart for validation after every epoch."""
 
     def as_train(self) -> FinetuneOptions:
         """The same run in the words of the other engine, which all shared code speaks."""

@@ -24,7 +24,7 @@ PLAIN: dict[str, Any] = {
     "enable_xformers_memory_efficient_attention": False, "torch_compile": False,
     "report_to": "tensorboard", "push_to_hub": False, "resume_from_checkpoint": None,
     "mixed_precision": "no", "precision": "32", "gradient_accumulation_steps": 1,
-    "accumulate_grad_batches": 1,
+    "accumulate_grad_batches": 1, "val_split": 0.0,
 }  # fmt: skip
 T = TypeVar("T", bound="LearnOptions")
 

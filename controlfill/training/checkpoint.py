@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from controlfill.errors import UserError
 from controlfill.files import read_json, remove_leftovers, write_folder, write_json
 from controlfill.models.controlnet import AVERAGE, WEIGHTS, list_checkpoints
-from controlfill.options import ControlOptions
+from controlfill.options import ControlOptions, RunOptions
 
 log = logging.getLogger(__name__)
 STATE = "state.json"
@@ -31,6 +32,15 @@ OPTIMIZER = "optimizer.safetensors"
 # Where Lightning's own checkpoints lie in a run's folder, and the newest of them.
 CKPTS = "checkpoints"
 LAST = "last.ckpt"
+# How numbers of an optimizer's state are kept; AdamW's own steps are tensors of other types.
+NUMBERS = {int: torch.int64, float: torch.float64}
+# Options that may differ between a run and its continuation without changing what is learned.
+FREE_OPTIONS = {
+    "output_dir", "resume_from_checkpoint", "save_steps", "log_steps", "log_images_steps",
+    "num_workers", "checkpoints_total_limit", "max_steps", "num_epochs", "report_to",
+    "push_to_hub", "hub_model_id", "validation_image", "validation_mask", "validation_prompt",
+    "validation_steps", "num_validation_images", "set_grads_to_none",
+}  # fmt: skip
 
 
 class Write(Protocol):
@@ -59,21 +69,39 @@ def save_checkpoint(
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors by names like "12.exp_avg"."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": value.detach().cpu().contiguous()
-        for index, values in state.items()
-        for name, value in values.items()
-    }
+    """The optimizer's tensors by names like "12.exp_avg".
+
+    Numbers become tensors, and names within names are joined: bitsandbytes has both.
+    """
+    return _flat(optimizer.state_dict()["state"])
+
+
+def _flat(values: Mapping[Any, Any], start: str = "") -> dict[str, Tensor]:
+    """The tensors and numbers in `values`, however deep, by names that begin with `start`."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            tensors |= _flat(value, f"{start}{name}.")
+        elif isinstance(value, Tensor):
+            tensor = value.detach().cpu().contiguous()
+            # A table that all parameters share on a CPU is refused by safetensors.
+            shared = str(name).startswith("qmap")
+            tensors[f"{start}{name}"] = tensor.clone() if shared else tensor
+        else:
+            tensors[f"{start}{name}"] = torch.tensor(value, dtype=NUMBERS[type(value)])
+    return tensors
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Give `optimizer` the moments that `flatten_optimizer` gave; its options stay its own."""
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor
+        index, *outer, name = key.split(".")
+        values = state.setdefault(int(index), {})
+        for word in outer:
+            values = values.setdefault(word, {})
+        number = tensor.dim() == 0 and tensor.dtype in NUMBERS.values()
+        values[name] = tensor.item() if number else tensor
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -143,3 +171,24 @@ def find_ckpt(where: str | None, output_dir: Path, prefix: str = ControlOptions.
         f"--resume_from_checkpoint {where} holds no .ckpt file; weights of the other engine go in "
         "by --controlnet_model_name_or_path"
     )
+
+
+def check_same(saved: dict[str, Any], options: RunOptions, where: Path) -> None:
+    """Refuse other data, base or conditioning; say which other options differ from the run's."""
+    now = options.as_dict()
+    changed = [k for k, v in saved.items() if k not in FREE_OPTIONS and now.get(k) != v]
+    strange = next((name for name in options.FIXED if name not in saved), None)
+    if strange is not None:
+        raise UserError(
+            f"{where} was trained by another kind of run, which has no --{strange}; resume a "
+            f"{options.WORD} run, or start a new one"
+        )
+    for name in options.FIXED:
+        if name in changed:
+            raise UserError(
+                f"{where} was trained with --{name} {saved[name]}, not {now[name]}; resume with "
+                "the run's own, or start a new run"
+            )
+    if changed:
+        words = ", ".join(f"{k} {saved[k]} -> {now.get(k)}" for k in changed)
+        log.warning("resuming with other options than the run had: %s", words)

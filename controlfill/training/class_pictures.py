@@ -79,11 +79,17 @@ def paint_missing(painter: Painter, report: Report) -> None:
     Pictures that the user put there count, and are left alone. `report` is told of the progress.
     """
     options, team, folder = painter.options, painter.team, painter.folder
-    if not find_missing(painter):
+    missing = team.tell(find_missing(painter))
+    wanted = painter.settings()
+    if not missing:
+        # Another seed would paint other pictures, but none is to be painted.
+        del wanted["seed"]
+    if missing or painted(folder):
+        check_settings(folder, wanted)
+    if not missing:
         return
-    check_settings(folder, painter.settings())
     if team.main:
-        write_json(folder / SETTINGS, painter.settings())
+        write_json(folder / SETTINGS, wanted)
     for attempt in range(ATTEMPTS):
         missing = team.tell(find_missing(painter))
         runs = list(runs_of(missing, options.batch_size))

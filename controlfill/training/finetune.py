@@ -45,6 +45,11 @@ from controlfill.training.start import (
 from controlfill.training.team import Team
 
 log = logging.getLogger(__name__)
+# Options that only count with another one, by that one.
+COMPANIONS = {
+    "use_lora": ("rank", "lora_alpha", "lora_target_modules"),
+    "with_prior_preservation": ("num_class_images", "prior_loss_weight"),
+}
 
 
 @dataclass(kw_only=True)
@@ -159,6 +164,11 @@ def check_companions(options: FinetuneOptions) -> None:
             raise UserError(f"--with_prior_preservation needs a --{name}")
     if options.text_encoder_lr is not None and not options.train_text_encoder:
         raise UserError("--text_encoder_lr has no effect without --train_text_encoder")
+    for switch, names in COMPANIONS.items():
+        for name in names:
+            usual = getattr(FinetuneOptions, name)
+            if not getattr(options, switch) and getattr(options, name) != usual:
+                raise UserError(f"--{name} has no effect without --{switch}")
     if asked and options.cache_dir is not None:
         raise UserError("--cache_dir does not hold class pictures; leave out one of the two")
 

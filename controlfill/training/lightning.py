@@ -31,7 +31,7 @@ from controlfill.inference.pipeline import Report
 from controlfill.models.controlnet import HEADER_KEY
 from controlfill.options import FinetuneLightningOptions, FitOptions, RunOptions
 from controlfill.training.batches import Remaining
-from controlfill.training.checkpoint import CKPTS, LAST, find_ckpt
+from controlfill.training.checkpoint import CKPTS, LAST, check_same, find_ckpt
 from controlfill.training.kinds import prepare
 from controlfill.training.optim import Average, learning_rate, make_optimizer, set_learning_rate
 from controlfill.training.sharding import learning
@@ -263,8 +263,9 @@ class LearnModule(lit.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the place in the data and the averages."""
+        """Take up the place in the data and the averages. Raises UserError for another run's."""
         kept = checkpoint[HEADER_KEY]
+        check_same(kept["options"], self.options, self.resume or Path())
         self.number = kept["number"]
         if self.average is not None and kept["average"] is not None:
             self.average.load(kept["average"])
@@ -296,9 +297,8 @@ def train_lightning(
 ) -> Path:
     """Train what `options` are for with Lightning; returns the run's folder.
 
-    `source` brings your own data; `on_step` hears of every Step, `report` of what comes before the
-    first. The folder holds logs/,
-    checkpoints/*.ckpt and final_model/. Raises UserError, and Stopped after a signal.
+    `source` brings your own data; `on_step` hears of every Step, `report` of what comes
+    before. The folder holds logs/, checkpoints/*.ckpt, final_model/. Raises UserError and Stopped.
     """
     # Its own lines would drown ours.
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -63,7 +63,8 @@ def parameter_groups(network: nn.Module, options: RunOptions) -> list[dict[str, 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Use `rate` from now on, or a group's share of it."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["share"]
+        # Groups of older checkpoints, which Lightning loads whole, know no share.
+        group["lr"] = rate * group.get("share", 1.0)
 
 
 class Average:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from controlfill.data.sample import Source
-from controlfill.errors import UserError
 from controlfill.files import read_json
 from controlfill.inference.pipeline import Report
 from controlfill.models.controlnet import AVERAGE, WEIGHTS
@@ -21,6 +19,7 @@ from controlfill.training import watch
 from controlfill.training.checkpoint import (
     OPTIMIZER,
     STATE,
+    check_same,
     checkpoints_of,
     find_resume,
     load_optimizer,
@@ -37,13 +36,6 @@ from controlfill.training.stop import Stopped, StopSignals
 from controlfill.training.watchers import Watchers, Weights
 
 log = logging.getLogger(__name__)
-# Options that may differ between a run and its continuation without changing what is learned.
-FREE_OPTIONS = {
-    "output_dir", "resume_from_checkpoint", "save_steps", "log_steps", "log_images_steps",
-    "num_workers", "checkpoints_total_limit", "max_steps", "num_epochs", "report_to",
-    "push_to_hub", "hub_model_id", "validation_image", "validation_mask", "validation_prompt",
-    "validation_steps", "num_validation_images", "set_grads_to_none",
-}  # fmt: skip
 
 
 def train(
@@ -167,18 +159,3 @@ def make_average(run: Run, resume: Path | None) -> Average | None:
     if resume and (resume / AVERAGE).is_file():
         average.load(cut_all(run.read(resume, AVERAGE), run.network))
     return average
-
-
-def check_same(saved: dict[str, Any], options: RunOptions, where: Path) -> None:
-    """Refuse other data, base or conditioning; say which other options differ from the run's."""
-    now = options.as_dict()
-    changed = [k for k, v in saved.items() if k not in FREE_OPTIONS and now.get(k) != v]
-    for name in options.FIXED:
-        if name in changed:
-            raise UserError(
-                f"{where} was trained with --{name} {saved[name]}, not {now[name]}; resume with "
-                "the run's own, or start a new run"
-            )
-    if changed:
-        words = ", ".join(f"{k} {saved[k]} -> {now.get(k)}" for k in changed)
-        log.warning("resuming with other options than the run had: %s", words)

@@ -24,9 +24,11 @@ from controlfill.models.lora import (
     find_lora,
     fuse_lora,
     own_names,
+    read_pairs,
     save_kohya,
     save_lora,
 )
+from controlfill.models.lora_names import ADAPTER_KEY
 
 SHAPE = LoraShape(rank=4, alpha=2.0, targets=("to_q", "to_v", "to_out.0"))
 
@@ -98,6 +100,15 @@ def test_a_lora_put_into_a_base_predicts_as_when_it_was_trained(trained):
     assert (wanted - plain).abs().max() > 0.01
     fuse_lora(bundle, file, -1.0)
     torch.testing.assert_close(predict(bundle), plain, rtol=0, atol=1e-4)
+
+
+def test_rank_stabilised_loras_count_over_the_root_of_their_rank(tmp_path):
+    tensors = {f"unet.a.to_q.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}
+    for stable, scale in [(False, 0.5), (True, 1.0)]:
+        about = {"unet.r": 4, "unet.lora_alpha": 2.0, "unet.use_rslora": stable}
+        save_file(tensors, tmp_path / LORA, metadata={ADAPTER_KEY: json.dumps(about)})
+        ((*_, found),) = read_pairs(tmp_path / LORA)
+        assert found == scale
 
 
 def test_diffusers_loads_a_lora_and_predicts_the_same(trained):

@@ -207,6 +207,12 @@ def test_its_autoencoder_keeps_out_of_half_precision(narrow):
     assert (bundle.vae.dtype, bundle.unet.dtype) == (torch.float32, torch.float16)
     assert load_bundle(str(narrow("sdxl"))).to(CPU, torch.bfloat16).vae.dtype == torch.bfloat16
     assert load_bundle(str(narrow("sd15"))).to(CPU, torch.float16).vae.dtype == torch.float16
+    image = torch.zeros(1, 3, 64, 64)
+    exact = bundle.decode(bundle.encode_image(image))
+    with torch.autocast("cpu", torch.bfloat16):  # as training in half precision has it
+        moments = bundle.encode_moments(image)
+        assert moments.dtype == torch.float32
+        assert torch.equal(bundle.decode(bundle.draw_latents(moments)), exact)
 
 
 @pytest.fixture

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from controlfill.errors import UserError
 from controlfill.files import write_json
+from controlfill.options import FinetuneOptions, TrainOptions
 from controlfill.training.checkpoint import (
     STATE,
+    check_same,
     checkpoints_of,
     find_resume,
     flatten_optimizer,
@@ -91,3 +94,44 @@ def test_the_optimizer_comes_back():
     for a, b in zip(optimizer.state.values(), fresh.state.values(), strict=True):
         assert all(torch.equal(a[k], b[k]) for k in ("step", "exp_avg", "exp_avg_sq"))
     assert network is not other
+
+
+class Kept:
+    """An optimizer of which nothing counts but its state."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def state_dict(self):
+        return {"state": self.state, "param_groups": []}
+
+    def load_state_dict(self, saved):
+        self.state = saved["state"]
+
+
+def test_numbers_bytes_and_names_within_names_come_back(tmp_path):
+    table = torch.rand(4)
+    moments = {"state1": torch.arange(6, dtype=torch.uint8), "absmax1": torch.rand(2)}
+    moments["qmap1"] = table
+    old = Kept({
+        0: {"step": 7, "__bnb_optimizer_quant_state__": moments},
+        1: {"step": 7, "qmap1": table, "decay": 0.1},
+        2: {"step": torch.tensor(7.0)},
+    })  # fmt: skip
+    save_file(flatten_optimizer(old), tmp_path / "moments")
+    new = Kept({})
+    load_optimizer(new, load_file(tmp_path / "moments"))
+    assert new.state[0]["step"] == 7
+    assert isinstance(new.state[0]["step"], int)
+    assert new.state[1]["decay"] == 0.1
+    assert isinstance(new.state[2]["step"], torch.Tensor)
+    inner = new.state[0]["__bnb_optimizer_quant_state__"]
+    assert inner["state1"].dtype == torch.uint8
+    assert all(torch.equal(inner[name], tensor) for name, tensor in moments.items())
+
+
+def test_another_kind_of_run_is_not_gone_on_with(tmp_path):
+    saved = TrainOptions(image_dir="x").as_dict()
+    check_same(saved, TrainOptions(image_dir="x"), tmp_path)
+    with pytest.raises(UserError, match="another kind of run, which has no --instance_data_dir"):
+        check_same(saved, FinetuneOptions(instance_data_dir="x"), tmp_path)

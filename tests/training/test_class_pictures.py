@@ -110,6 +110,14 @@ def test_settings_are_kept_and_other_ones_refused(painter, fake):
             paint_missing(replace(painter, options=options), quiet)
 
 
+def test_settings_count_also_when_no_picture_is_missing(painter, fake):
+    paint_missing(painter, quiet)
+    paint_missing(replace(painter, options=replace(painter.options, seed=8)), quiet)
+    other = replace(painter.options, class_prompt="a blue circle")
+    with pytest.raises(UserError, match="not 'a blue circle'"):
+        paint_missing(replace(painter, options=other), quiet)
+
+
 def test_no_picture_is_there_twice(painter, monkeypatch):
     def paint(pipeline, batch, options):
         # The same picture for every seed, but for those of the second attempt.

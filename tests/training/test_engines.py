@@ -1,5 +1,6 @@
 """Two engines, one set of numbers: the same losses and weights, the same data, the same files."""
 
+import logging
 import random
 import shutil
 from dataclasses import fields, replace
@@ -207,3 +208,14 @@ def test_bf16_trains_close_to_fp32_and_latest_resumes(small_run, tmp_path):
     half += finish_lightning(replace(told, resume_from_checkpoint="latest"))
     np.testing.assert_allclose(half, finish(small_run), rtol=0.1)
     assert len(list(told.output_dir.iterdir())) == 1
+
+
+def test_lightning_goes_on_with_the_same_run_only(small_run, tmp_path, caplog):
+    told = for_lightning(replace(small_run, max_steps=1), output_dir=tmp_path / "l")
+    finish_lightning(told)
+    again = replace(told, max_steps=2, resume_from_checkpoint="latest")
+    with pytest.raises(UserError, match="was trained with --image_dir world:shapes"):
+        finish_lightning(replace(again, image_dir="world:shapes-full"))
+    with caplog.at_level(logging.WARNING):
+        assert len(finish_lightning(replace(again, noise_offset=0.05))) == 1
+    assert "noise_offset 0.0 -> 0.05" in caplog.text

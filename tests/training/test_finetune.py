@@ -25,10 +25,16 @@ from controlfill.options import (
 )
 from controlfill.reading import read_options, take_engine
 from controlfill.training import caching
-from controlfill.training.finetune import prepare
+from controlfill.training.finetune import check_companions, prepare
 from controlfill.training.lightning import train_lightning
 from controlfill.training.loop import make_accelerator, make_team
 from controlfill.training.start import quiet
+
+# Without class pictures.
+ALONE = {
+    "with_prior_preservation": False, "class_prompt": "", "class_data_dir": None,
+    "num_class_images": 100, "prior_loss_weight": 1.0,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -153,8 +159,7 @@ def test_a_trained_lora_paints_as_it_did_in_training(lora, photo, hole):
 def test_a_finetuned_base_is_used_like_any_other(tune, photo, hole):
     options = replace(
         tune, pretrained_model_name_or_path="embedded", train_text_encoder=False,
-        text_encoder_lr=None, with_prior_preservation=False, class_prompt="", class_data_dir=None,
-        max_steps=1,
+        text_encoder_lr=None, max_steps=1, **ALONE,
     )  # fmt: skip
     finish(options)
     pipe = load(str(final_folder(options)), device="cpu")
@@ -190,7 +195,7 @@ def test_text_encoders_learn_at_a_rate_of_their_own_and_only_when_asked(tune):
 
 def test_caches_of_latents_serve_and_those_of_texts_only_frozen_encoders(tune, tmp_path):
     options = replace(
-        tune, with_prior_preservation=False, class_prompt="", class_data_dir=None,
+        tune, **ALONE,
         cache_dir=tmp_path / "cache", crop="center",
     )  # fmt: skip
     cache = CacheOptions(
@@ -229,6 +234,11 @@ def test_panels_and_validation_show_the_base_that_learns(tune, tmp_path, photo, 
         ({"cache_dir": "x"}, "--cache_dir does not hold class pictures"),
         ({"text_encoder_lr": 1e-6, "train_text_encoder": False}, "no effect without --train_text"),
         ({"rank": 0}, "--rank is 0"),
+        ({"rank": 4}, "--rank has no effect without --use_lora"),
+        ({"lora_alpha": 4.0}, "--lora_alpha has no effect without --use_lora"),
+        ({"lora_target_modules": ("to_q",)}, "--lora_target_modules has no effect without"),
+        ({**ALONE, "num_class_images": 9}, "--num_class_images has no effect without --with_prior"),
+        ({**ALONE, "prior_loss_weight": 0.5}, "--prior_loss_weight has no effect without"),
         ({"use_lora": True, "pretrained_model_name_or_path": "embedded"}, "needs an inpaint base"),
         ({"use_lora": True, "lora_target_modules": ("to_z",)}, "no layer of the UNet ends so"),
     ],
@@ -250,8 +260,7 @@ def test_own_data_goes_in_by_a_source(tune):
         def __getitem__(self, index):
             return Sample(image=picture, hint=picture, prompt="" if index else "a mat")
 
-    run = prepared(replace(tune, with_prior_preservation=False, class_prompt="",
-                           class_data_dir=None, batch_size=2), Mine())  # fmt: skip
+    run = prepared(replace(tune, **ALONE, batch_size=2), Mine())
     batch = run.first_batch(2)
     assert batch.prompts == ["a mat", "a cat"]
     assert float(batch.mask.mean()) < 1
@@ -267,9 +276,14 @@ def test_shipped_configs_are_read_and_can_be_rehearsed(name):
     assert small.rate == options.rate
     prior = small.with_prior_preservation
     assert prior == (name == "dreambooth")
-    assert small.class_data_dir == (Path("outputs/rehearsal/class_pictures") if prior else None)
+    where = str(small.class_data_dir)
+    assert where.startswith(str(Path("outputs/rehearsal/class_pictures-"))) == prior
+    other = replace(options, class_prompt="a photo of a cat").rehearsed()
+    assert (str(other.class_data_dir) != where) == prior
+    check_companions(small)
     lightning = read_options(FinetuneLightningOptions, "finetune", ["--instance_data_dir", "x"])
-    assert lightning.as_train() == FinetuneOptions(instance_data_dir="x", val_split=0.05)
+    assert lightning.as_train() == FinetuneOptions(instance_data_dir="x")
+    assert replace(lightning, val_split=0.3, rehearse=True).rehearsed().val_split == 0
 
 
 def test_the_rate_is_that_of_the_method_unless_given():

@@ -76,3 +76,9 @@ def test_the_average_is_the_formula():
     other = Average(network, decay=0.9)
     other.load(average.weights)
     assert torch.equal(other.weights["weight"], average.weights["weight"])
+
+
+def test_groups_of_older_checkpoints_learn_at_the_whole_rate():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    set_learning_rate(optimizer, 0.125)
+    assert optimizer.param_groups[0]["lr"] == 0.125

@@ -153,7 +153,7 @@ def test_two_processes_with_parts_are_one_with_the_doubled_batch(launched, tmp_p
     last = run_of(out) / "checkpoint-4"
     check_learned(last, learn(options_in(tmp_path), 2, 0, 4))
     before = load_file(run_of(out) / "checkpoint-2" / WEIGHTS)
-    assert far(load_file(last / WEIGHTS), before) > 1e-5  # steps are larger than what is allowed
+    assert far(load_file(last / WEIGHTS), before) > 5e-6  # steps are larger than what is allowed
     final = load_file(run_of(out) / "final_model" / WEIGHTS)
     assert same_weights(final, load_file(last / EMA))
 
