@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from controlfill.errors import UserError
-from controlfill.files import check_empty, write_folder, write_json
+from controlfill.files import check_empty, read_json, write_folder, write_json
 from controlfill.models import configs, embedded
+from controlfill.models.bundle import GLID_CHANNELS, INPAINT_CHANNELS
 from controlfill.models.controlnet import AVERAGE, find_controlnet
 from controlfill.models.formats import (
     CONFIG_KEY,
@@ -23,8 +24,9 @@ from controlfill.models.formats import (
     as_original,
     open_model,
 )
-from controlfill.models.layout import Cast, InMemory, Together, save
-from controlfill.models.lora_names import ADAPTER_KEY, from_kohya, to_kohya
+from controlfill.models.layout import Cast, InMemory, Renamed, Together, save
+from controlfill.models.lora_bake import adapter_metadata
+from controlfill.models.lora_names import ADAPTER_KEY, from_kohya, pairs, to_kohya
 from controlfill.models.recognise import CONTROL, UNET, VAE, recognise
 from controlfill.models.single_file import Tokenizers, find_tokenizers
 from controlfill.models.weights import Weights, find_weights, open_weights
@@ -56,6 +58,8 @@ def convert(options: ConvertOptions, report: Report | None = None) -> Converted:
     if out.exists() and out.resolve() == source.resolve():
         raise UserError(f"{out} is what is read; name another file to write")
     in_file = out.suffix in FILES
+    if in_file and out.exists():
+        raise UserError(f"{out} exists already; name a new file for the result")
     if not in_file:
         if options.layout not in (None, "diffusers"):
             raise UserError(f"--layout {options.layout} is one file; name a .safetensors file")
@@ -64,7 +68,7 @@ def convert(options: ConvertOptions, report: Report | None = None) -> Converted:
         weights = open_weights(source)
         what = recognise(weights)
         if what.kind == "lora":
-            return convert_lora(weights, options, in_file)
+            return convert_lora(source, weights, options)
         if what.kind == "checkpoint" and in_file and options.layout != "diffusers":
             return copy_checkpoint(weights, what.family, options, report)
     model = open_model(
@@ -111,6 +115,8 @@ def write_single(model: Model, options: ConvertOptions, report: Report) -> Conve
         about[CONFIG_KEY] = json.dumps(model.configs["controlnet"], default=str)
     else:
         about[CONFIGS_KEY] = json.dumps(model.configs, default=str)
+    if model.kind == "checkpoint" and SPEC_KEY in about:
+        about |= said(options.prediction_type)
     count = write(weights, options, about, report)
     what = f"{describe(model.kind, model.family)} in the {layout} layout"
     return Converted(options.out, what, count, model.notes)
@@ -159,13 +165,22 @@ def copy_checkpoint(
     about = {k: v for k, v in weights.metadata.items() if k != "format"}
     if options.prediction_type and CONFIGS_KEY in about:
         told = json.loads(about[CONFIGS_KEY])
-        told["scheduler"]["prediction_type"] = options.prediction_type
+        if "scheduler" in told:
+            told["scheduler"]["prediction_type"] = options.prediction_type
         about[CONFIGS_KEY] = json.dumps(told)
+    about |= said(options.prediction_type)
+    if options.prediction_type == "epsilon":
+        weights = Renamed(weights, {name: name for name in weights.names if name != "v_pred"})
     wanted = configs.marks({"prediction_type": options.prediction_type})
     extra = [name for name in wanted.names if name not in weights]
     both = Together([("", weights), ("", InMemory({name: wanted[name] for name in extra}))])
     count = write(both, options, about, report)
     return Converted(options.out, f"{describe('checkpoint', family)} in the original layout", count)
+
+
+def said(prediction_type: str | None) -> dict[str, str]:
+    """What a header says of what the user says that a UNet predicts."""
+    return {SPEC_KEY: SPECS.get(prediction_type, prediction_type)} if prediction_type else {}
 
 
 def write(weights: Weights, options: ConvertOptions, about: dict[str, str], report: Report) -> int:
@@ -205,7 +220,7 @@ def write_diffusers(
             save(cast, place / name, carried(weights.metadata), told)
             write_json(place / "config.json", plain_config(model.configs[part], options.dtype))
         if tokenizers:
-            write_pipeline(model, tokenizers, folder)
+            write_pipeline(model, tokenizers, folder, source)
     what = f"{describe(model.kind, model.family)} as a diffusers folder"
     return Converted(options.out, what, total, model.notes)
 
@@ -222,7 +237,21 @@ def plain_config(config: configs.Config, dtype: str) -> configs.Config:
     return {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
 
 
-def write_pipeline(model: Model, tokenizers: Tokenizers, folder: Path) -> None:
+def pipeline_class(model: Model, source: Path) -> str:
+    """What a pipeline is called: after its channels, or as in the folder `source`.
+
+    UNets of 8 channels are for several things, which only the folder that they are from tells.
+    """
+    channels = model.configs["unet"].get("in_channels", 4)
+    index = source / "model_index.json"
+    own = read_json(index).get("_class_name") if index.is_file() else None
+    if channels == GLID_CHANNELS and own:
+        return own
+    kind = "StableDiffusionXL" if "text_encoder_2" in model.parts else "StableDiffusion"
+    return f"{kind}{TASKS.get(channels, '')}Pipeline"
+
+
+def write_pipeline(model: Model, tokenizers: Tokenizers, folder: Path, source: Path) -> None:
     """Write what a diffusers pipeline has beside its networks."""
     import diffusers
 
@@ -232,10 +261,8 @@ def write_pipeline(model: Model, tokenizers: Tokenizers, folder: Path) -> None:
     scheduler = model.configs["scheduler"]
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     two = "text_encoder_2" in model.parts
-    kind = "StableDiffusionXL" if two else "StableDiffusion"
-    task = TASKS.get(model.configs["unet"].get("in_channels", 4), "")
     index: dict[str, Any] = {
-        "_class_name": f"{kind}{task}Pipeline",
+        "_class_name": pipeline_class(model, source),
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -256,14 +283,21 @@ def write_pipeline(model: Model, tokenizers: Tokenizers, folder: Path) -> None:
     write_json(folder / "model_index.json", index)
 
 
-def convert_lora(weights: Weights, options: ConvertOptions, in_file: bool) -> Converted:
-    """Write a LoRA under kohya's names, or under diffusers'."""
+def convert_lora(source: Path, weights: Weights, options: ConvertOptions) -> Converted:
+    """Write a LoRA under kohya's names, or under diffusers'; `source` is where it lies."""
+    in_file = options.out.suffix in FILES
     layout = options.layout or ("kohya" if in_file else "diffusers")
     if layout == "original":
         raise UserError("a LoRA has kohya's or diffusers' names; give --layout kohya or diffusers")
     state = {name: weights[name] for name in weights.names}
     about = {k: v for k, v in weights.metadata.items() if k not in ("format", ADAPTER_KEY)}
-    plain = from_kohya(state) if layout == "diffusers" else to_kohya(state, weights.metadata)
+    parts = {module.partition(".")[0] for module in pairs(state)}
+    told = adapter_metadata(source, weights, parts)
+    plain = from_kohya(state) if layout == "diffusers" else to_kohya(state, told)
+    # Alphas that are tensors are in the matrices now, and must not be told again.
+    kept = layout == "diffusers" and not any(name.endswith(".alpha") for name in state)
+    if kept and told.get(ADAPTER_KEY):
+        about[ADAPTER_KEY] = told[ADAPTER_KEY]
     cast = Cast(InMemory(plain), DTYPES[options.dtype])
     out = options.out if in_file else options.out / LORA_FILE
     save(cast, out, about)
@@ -277,4 +311,7 @@ def describe(kind: str, family: str) -> str:
 
 KINDS = {"checkpoint": "checkpoint", "controlnet": "ControlNet", "unet": "UNet", "vae": "VAE"}
 # What a UNet of so many channels is for, in the names of diffusers' pipelines.
-TASKS = {9: "Inpaint", 8: "InstructPix2Pix"}
+TASKS = {INPAINT_CHANNELS: "Inpaint", GLID_CHANNELS: "Inpaint"}
+# What a header says of a UNet's prediction, in its own words.
+SPEC_KEY = "modelspec.prediction_type"
+SPECS = {"v_prediction": "v"}

@@ -6,6 +6,7 @@ and files of diffusers' names are taken too; tensors are read one at a time.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import torch
 
 from controlfill.errors import UserError
 from controlfill.files import check_empty, read_json, write_folder, write_json
+from controlfill.models.formats import CONFIGS_KEY
 from controlfill.models.layout import (
     AsDiffusers,
     AsOriginal,
@@ -68,12 +70,17 @@ def join(checkpoint: Path, unet: Path, out: Path) -> int:
         check_fits(fresh, own, unet, str(checkpoint))
         others = [name for name in whole.names if not name.startswith((PREFIX, AVERAGE))]
         parts = [("", Renamed(whole, {name: name for name in others})), (PREFIX, fresh)]
-        save(Together(parts), out, described(whole))
+        channels = fresh.shape(FIRST)[1]
+        save(Together(parts), out, with_channels(described(whole), channels))
         return len(fresh.names)
 
 
 def join_folder(base: Path, unet: Path, out: Path) -> int:
     """The same for a diffusers folder. Raises UserError when `out` holds something already."""
+    # They import the loaders of bases, which import this module.
+    from controlfill.models.bundle import INPAINT_CHANNELS
+    from controlfill.models.merge_sources import describe_inpaint
+
     check_empty(out, "joined base")
     config = read_json(base / "unet" / "config.json")
     with open_unet(unet) as new:
@@ -83,6 +90,8 @@ def join_folder(base: Path, unet: Path, out: Path) -> int:
             shutil.copytree(base, folder, dirs_exist_ok=True, ignore=ignore_unet(base))
             write_json(folder / "unet" / "config.json", config | {"in_channels": channels})
             save(seen, folder / "unet" / WEIGHTS, described(new))
+            if channels == INPAINT_CHANNELS:
+                describe_inpaint(folder, "unet")
         return len(seen.names)
 
 
@@ -179,9 +188,20 @@ def check_fits(unet: Weights, shapes: Shapes, path: Path, base: str) -> None:
 
 
 def check_file(out: Path) -> None:
-    """Raise UserError unless `out` is the name of a safetensors file."""
+    """Raise UserError unless `out` is the name of a new safetensors file."""
     if out.suffix != ".safetensors" or out.is_dir():
         raise UserError(f"{out} is no .safetensors file, which is what is written")
+    if out.exists():
+        raise UserError(f"{out} exists already; name a new file for the result")
+
+
+def with_channels(about: dict[str, str], channels: int) -> dict[str, str]:
+    """A header whose config of the UNet, if it has one, tells how many channels go in now."""
+    if CONFIGS_KEY not in about:
+        return about
+    configs = json.loads(about[CONFIGS_KEY])
+    configs["unet"] = configs.get("unet", {}) | {"in_channels": channels}
+    return about | {CONFIGS_KEY: json.dumps(configs)}
 
 
 def described(weights: Weights) -> dict[str, str]:

@@ -149,7 +149,23 @@ class Cast(Weights):
         return self._dtype if self._dtype is not None and own.is_floating_point else own
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._source[name].to(self.dtype(name))
+        """One tensor. Raises UserError when the format can't hold one of its numbers."""
+        tensor, dtype = self._source[name], self.dtype(name)
+        result = tensor.to(dtype)
+        if dtype != tensor.dtype and result.is_floating_point() and result.numel():
+            # The least and the greatest tell without a copy whether to look closer.
+            ends = torch.stack(result.aminmax())
+            if not torch.isfinite(ends).all() and (tensor.isfinite() & ~result.isfinite()).any():
+                raise too_large(tensor, dtype, name)
+        return result
+
+
+def too_large(tensor: Tensor, dtype: torch.dtype, name: str) -> UserError:
+    """The error of a tensor whose numbers `dtype` can't hold."""
+    return UserError(
+        f"{name} has numbers of up to {float(tensor.abs().max()):.3g}, too large for "
+        f"{dtype}; use --dtype bf16 or fp32".replace("torch.", "")
+    )
 
 
 class InMemory(Weights):

@@ -23,8 +23,11 @@ from controlfill.errors import UserError
 from controlfill.files import check_empty, read_json, write_folder, write_json
 from controlfill.models import embedded
 from controlfill.models.bundle import INPAINT_CHANNELS
+from controlfill.models.configs import told_prediction
 from controlfill.models.controlnet import own_version
-from controlfill.models.formats import CONFIGS_KEY
+from controlfill.models.formats import CONFIGS_KEY, own_config, without_prefix
+from controlfill.models.layout import too_large
+from controlfill.models.recognise import recognise
 from controlfill.models.weights import SHARDS, Shapes, Weights, find_weights, open_weights
 from controlfill.models.weights import write_weights as write_file
 
@@ -130,9 +133,11 @@ class Source:
         """What the UNet predicts; None where that is not told."""
         if self.is_pipeline:
             scheduler = self.path / "scheduler" / "scheduler_config.json"
-            told = read_json(scheduler) if scheduler.is_file() else {}
-            return told.get("prediction_type")
-        return "v_prediction" if "v_pred" in self else None
+            # diffusers takes a missing key for epsilon.
+            is_told = scheduler.is_file()
+            return read_json(scheduler).get("prediction_type", "epsilon") if is_told else None
+        (weights,) = self.files.values()
+        return file_prediction(weights, self.is_original)
 
     def about(self, parts: Sequence[str], report: Report) -> dict[str, Any]:
         """Name and hashes of what is used, and the recipe by which that was merged before."""
@@ -145,6 +150,15 @@ class Source:
             if earlier := self.files[where].metadata.get(RECIPE_KEY):
                 entry["recipe"] = json.loads(earlier)
         return entry
+
+
+def file_prediction(weights: Weights, is_original: bool) -> str | None:
+    """What the UNet of a single file predicts, by its header, a mark or SD 2's bias."""
+    told = (own_config(weights, "scheduler") or {}).get("prediction_type")
+    if told or not is_original:
+        return told or ("v_prediction" if "v_pred" in weights else None)
+    what = recognise(weights)
+    return told_prediction(weights, without_prefix(weights, what.prefix), what.family)
 
 
 def plain(name: str) -> str:
@@ -179,11 +193,17 @@ def open_source(where: str, stack: ExitStack) -> Source:
     index = path / "model_index.json"
     if not index.is_file():
         return Source(path, {"": stack.enter_context(open_weights(path))})
-    parts = [key for key in read_json(index) if holds_weights(path / key)]
+    parts = [key for key in subfolders(path) if holds_weights(path / key)]
     if not parts:
         raise UserError(f"{path} is a diffusers folder without any weights")
     files = {part: stack.enter_context(open_weights(path / part)) for part in parts}
     return Source(path, files)
+
+
+def subfolders(folder: Path) -> list[str]:
+    """What a diffusers folder's index names; never a path that leads out of the folder."""
+    keys = read_json(folder / "model_index.json")
+    return [key for key in keys if Path(key).name == key and key not in ("", ".", "..")]
 
 
 def holds_weights(folder: Path) -> bool:
@@ -218,10 +238,7 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """`tensor` in another number format. Raises UserError where that can't hold it."""
     result = tensor.to(dtype)
     if result.is_floating_point() and not is_finite(result):
-        raise UserError(
-            f"{name} has numbers of up to {float(tensor.abs().max()):.3g}, too large for "
-            f"{dtype}; use --dtype bf16 or fp32".replace("torch.", "")
-        )
+        raise too_large(tensor, dtype, name)
     return result
 
 
@@ -313,8 +330,8 @@ def names_in(draft: Draft, where: str) -> list[str]:
 def copy_small(draft: Draft, folder: Path) -> None:
     """Copy configs and vocabularies; a UNet that got more channels is described as it is now."""
     source = draft.like
-    subfolders = read_json(source.path / "model_index.json") if source.is_pipeline else ()
-    for path in (source.path, *(source.path / key for key in subfolders)):
+    keys = subfolders(source.path) if source.is_pipeline else []
+    for path in (source.path, *(source.path / key for key in keys)):
         for file in sorted(path.glob("*")):
             if file.suffix in SMALL and ".index." not in file.name:
                 target = folder / file.relative_to(source.path)

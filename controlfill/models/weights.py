@@ -149,6 +149,9 @@ class _Shards(Weights):
         where = table.get("weight_map") if isinstance(table, dict) else None
         if not isinstance(where, dict):
             raise UserError(f"{index} is no index of shards: it has no weight_map")
+        odd = next((name for name, file in where.items() if not isinstance(file, str)), None)
+        if odd is not None:
+            raise UserError(f"{index} is no index of shards: {odd} lies in {where[odd]!r}, no file")
         for name in sorted(set(where.values())):
             if Path(name).name != name or not (index.parent / name).is_file():
                 raise UserError(f"{index.parent / name} is missing, a shard that {index} names")

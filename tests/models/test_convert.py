@@ -18,6 +18,8 @@ from controlfill.models.bundle import load_bundle
 from controlfill.models.controlnet import Header, load_controlnet, read_control_header
 from controlfill.models.convert import convert, find_source
 from controlfill.models.formats import open_model
+from controlfill.models.layout import Cast, InMemory
+from controlfill.models.lora_names import ADAPTER_KEY
 from controlfill.models.recognise import recognise
 from controlfill.models.single_file import load_checkpoint
 from controlfill.models.weights import open_weights
@@ -303,6 +305,115 @@ def test_loras_go_both_ways(family, tmp_path):
     assert all(torch.equal(read[name], tensor) for name, tensor in lora.items())
     with pytest.raises(UserError, match="a LoRA has kohya's or diffusers' names"):
         convert(ConvertOptions(source=file, out=tmp_path / "x.safetensors", layout="original"))
+
+
+def lora_of(alpha):
+    """A small LoRA under PEFT's names, and diffusers' header of its alpha."""
+    module = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    state = {f"{module}.lora_A.weight": torch.randn(2, 8),
+             f"{module}.lora_B.weight": torch.randn(8, 2)}  # fmt: skip
+    return state, {"format": "pt", ADAPTER_KEY: json.dumps({"unet.lora_alpha": alpha})}
+
+
+def test_alphas_of_loras_are_kept(tmp_path):
+    state, about = lora_of(alpha=1)
+    file = tmp_path / "x.safetensors"
+    save_file(state, file, about)
+    convert(ConvertOptions(source=file, out=tmp_path / "same.safetensors", layout="diffusers"))
+    read = open_weights(tmp_path / "same.safetensors")
+    assert read.metadata[ADAPTER_KEY] == about[ADAPTER_KEY]
+    assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
+    convert(ConvertOptions(source=file, out=tmp_path / "kohya.safetensors"))
+    read = open_weights(tmp_path / "kohya.safetensors")
+    assert [float(read[n]) for n in read.names if n.endswith(".alpha")] == [1.0]
+    # What has its alphas in its matrices tells none.
+    convert(ConvertOptions(source=tmp_path / "kohya.safetensors", out=tmp_path / "back"))
+    assert ADAPTER_KEY not in open_weights(tmp_path / "back").metadata
+
+
+def test_alphas_in_a_folder_of_peft_are_read(tmp_path):
+    state, _ = lora_of(alpha=1)
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    names = {f"base_model.model.{n.removeprefix('unet.')}": t for n, t in state.items()}
+    save_file(names, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8}))
+    convert(ConvertOptions(source=folder, out=tmp_path / "kohya.safetensors"))
+    read = open_weights(tmp_path / "kohya.safetensors")
+    assert [float(read[n]) for n in read.names if n.endswith(".alpha")] == [8.0]
+    done = convert(ConvertOptions(source=folder, out=tmp_path / "diffusers"))
+    told = json.loads(open_weights(done.path).metadata[ADAPTER_KEY])
+    assert told["unet.lora_alpha"] == 8
+
+
+def test_numbers_too_large_for_a_format_are_refused(tmp_path):
+    numbers = {"large": torch.tensor([1.0, -1e5]), "lost": torch.tensor([float("inf"), 1.0]),
+               "both": torch.tensor([float("nan"), 1e5])}  # fmt: skip
+    cast = Cast(InMemory(numbers), torch.float16)
+    with pytest.raises(
+        UserError, match=r"large has numbers of up to 1e\+05, too large for float16"
+    ):
+        cast["large"]
+    with pytest.raises(UserError, match="both has numbers of up to .*, too large for float16"):
+        cast["both"]
+    assert torch.equal(cast["lost"], numbers["lost"].half())  # it was so before
+    assert torch.equal(
+        Cast(InMemory(numbers), torch.bfloat16)["large"], numbers["large"].bfloat16()
+    )
+
+
+def test_eight_channels_keep_what_they_are_for(narrow, tmp_path):
+    from shutil import copytree
+
+    base = tmp_path / "base"
+    copytree(narrow("sd15", 8), base)
+    index = json.loads((base / "model_index.json").read_text())
+    for name in ("StableDiffusionPipeline", "StableDiffusionInstructPix2PixPipeline"):
+        (base / "model_index.json").write_text(json.dumps(index | {"_class_name": name}))
+        convert(ConvertOptions(source=base, out=tmp_path / name))
+        made = json.loads((tmp_path / name / "model_index.json").read_text())
+        assert made["_class_name"] == name
+    file, back = tmp_path / "x.safetensors", tmp_path / "back"
+    convert(ConvertOptions(source=narrow("sd15", 8), out=file))
+    convert(ConvertOptions(source=file, out=back, tokenizer=str(base)))
+    assert load_bundle(str(back), inpainting=True).is_glid
+
+
+def test_epsilon_takes_the_marks_of_v_away(narrow, tmp_path):
+    base, file = narrow("sd2", 4), tmp_path / "x.safetensors"
+    convert(ConvertOptions(source=base, out=file))
+    read = open_weights(file)
+    assert "v_pred" in read
+    state, about = {name: read[name] for name in read.names}, read.metadata
+    spec = {"modelspec.prediction_type": "v"}
+    for number, header in enumerate((about | spec, spec)):
+        source, out = tmp_path / f"in{number}.safetensors", tmp_path / f"out{number}.safetensors"
+        save_file(state, source, header)
+        convert(ConvertOptions(source=source, out=out, prediction_type="epsilon"))
+        made = open_weights(out)
+        assert "v_pred" not in made
+        assert set(made.names) == state.keys() - {"v_pred"}
+        assert made.metadata["modelspec.prediction_type"] == "epsilon"
+        options = {"prediction_type": "v_prediction", "source": out}
+        convert(ConvertOptions(**options, out=tmp_path / f"v{number}.safetensors"))
+        made = open_weights(tmp_path / f"v{number}.safetensors")
+        assert "v_pred" in made
+        assert made.metadata["modelspec.prediction_type"] == "v"
+
+
+def test_a_file_that_is_there_is_not_lost(narrow, tmp_path):
+    from shutil import copytree
+
+    base = tmp_path / "base"
+    copytree(narrow("sd15", 4), base)
+    (tmp_path / "there.safetensors").write_bytes(b"old")
+    inside = base / "unet" / "diffusion_pytorch_model.safetensors"
+    for out in (tmp_path / "there.safetensors", inside):
+        before = out.read_bytes()
+        with pytest.raises(UserError, match="exists already; name a new file") as caught:
+            convert(ConvertOptions(source=base, out=out))
+        assert "\n" not in str(caught.value)
+        assert out.read_bytes() == before
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is(narrow, tmp_path, monkeypatch):

@@ -10,7 +10,10 @@ from safetensors.torch import load_file, save_file
 from controlfill.errors import UserError
 from controlfill.models import glid
 from controlfill.models.bundle import load_bundle
+from controlfill.models.convert import convert
+from controlfill.models.formats import open_model
 from controlfill.models.weights import open_weights
+from controlfill.options import ConvertOptions
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +167,31 @@ def test_other_networks_of_eight_channels_are_refused(narrow, tmp_path):
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="StableDiffusionInstructPix2PixPipeline, whose UNet of 8"):
         load_bundle(str(folder), inpainting=True)
+
+
+def test_what_is_there_is_not_lost(whole, alone, tmp_path):
+    for source in (whole, alone):
+        shutil.copyfile(source, tmp_path / source.name)
+    mine, unet = tmp_path / whole.name, tmp_path / alone.name
+    before = mine.read_bytes(), unet.read_bytes()
+    for act in (
+        lambda: glid.split(mine, mine), lambda: glid.split(mine, unet),
+        lambda: glid.join(mine, unet, mine), lambda: glid.join(mine, unet, unet),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=r"exists already; name a new file") as caught:
+            act()
+        assert "\n" not in str(caught.value)
+    assert (mine.read_bytes(), unet.read_bytes()) == before
+
+
+def test_configs_tell_the_channels_of_the_joined_unet(narrow, alone, tmp_path):
+    base, out = tmp_path / "base.safetensors", tmp_path / "joined.safetensors"
+    convert(ConvertOptions(source=narrow("sd15"), out=base))
+    glid.join(base, alone, out)
+    joined = open_model(out)
+    assert joined.configs["unet"]["in_channels"] == 8
+    assert same(joined.state("vae"), open_model(base).state("vae"))
+    plain = tmp_path / "plain"
+    glid.join(narrow("sd15"), narrow("sd15", in_channels=9), plain)
+    index = json.loads((plain / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionInpaintPipeline"

@@ -8,18 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from controlfill.cli import run
 from controlfill.errors import UserError
 from controlfill.files import read_header
 from controlfill.models import merge_sources
 from controlfill.models.bundle import load_bundle
+from controlfill.models.convert import convert
 from controlfill.models.layout_unet import unet_rows
 from controlfill.models.merge import add_difference, merge, weighted_sum
 from controlfill.models.merge_blocks import find_blocks
 from controlfill.models.weights import open_weights, write_weights
-from controlfill.options import MergeOptions
+from controlfill.options import ConvertOptions, MergeOptions
 
 CONV_IN = "conv_in.weight"
 SHAPES = {
@@ -427,6 +428,59 @@ def test_v_and_epsilon_do_not_mix(narrow, tmp_path):
     with pytest.raises(UserError, match=r"predicts epsilon, B \(.*\) v_prediction"):
         merge(MergeOptions(**options))
     assert merge(MergeOptions(**options, parts=("vae",))).path.is_dir()
+
+
+def test_a_folder_that_tells_no_prediction_means_epsilon(narrow, tmp_path):
+    a, b = narrow("sd2"), tmp_path / "b"
+    shutil.copytree(a, b)
+    config = b / "scheduler" / "scheduler_config.json"
+    told = json.loads(config.read_text())
+    assert told.pop("prediction_type") == "v_prediction"
+    config.write_text(json.dumps(told))
+    models = (str(a), str(b))
+    with pytest.raises(UserError, match=r"predicts v_prediction, B \(.*\) epsilon"):
+        merge(MergeOptions(models=models, method="weighted_sum", out=tmp_path / "out"))
+
+
+@pytest.mark.parametrize("mark", ["header", "tensor", "modelspec"])
+def test_v_and_epsilon_files_do_not_mix(narrow, tmp_path, mark):
+    epsilon, v = tmp_path / "epsilon.safetensors", tmp_path / "v.safetensors"
+    convert(ConvertOptions(source=narrow("sd15"), out=epsilon))
+    state, about = load_file(epsilon), read_header(epsilon)
+    write(tmp_path / "bare.safetensors", state)
+    if mark == "header":
+        configs = json.loads(about["controlfill_configs"])
+        configs["scheduler"]["prediction_type"] = "v_prediction"
+        about = {"controlfill_configs": json.dumps(configs)}
+    else:
+        about = {"modelspec.prediction_type": "v"} if mark == "modelspec" else {}
+    save_file(state | ({"v_pred": torch.zeros(0)} if mark == "tensor" else {}), v, about)
+    for other in (epsilon, tmp_path / "bare.safetensors"):
+        options = {"models": (str(other), str(v)), "method": "weighted_sum"}
+        with pytest.raises(UserError, match=r"predicts epsilon, B \(.*\) v_prediction"):
+            merge(MergeOptions(**options, out=tmp_path / "out.safetensors"))
+    both = (str(epsilon), str(tmp_path / "bare.safetensors"))
+    out = tmp_path / "out.safetensors"
+    assert merge(MergeOptions(models=both, method="weighted_sum", out=out)).path.is_file()
+
+
+def test_an_index_leads_out_of_no_folder(narrow, tmp_path):
+    base, other = tmp_path / "in" / "base", narrow("sd15")
+    shutil.copytree(other, base)
+    for foreign in (tmp_path / "in" / "near", tmp_path / "far"):
+        shutil.copytree(other / "unet", foreign)
+    index = json.loads((base / "model_index.json").read_text())
+    odd = {"../near": ["diffusers", "X"], str(tmp_path / "far"): ["diffusers", "X"],
+           "..": [], ".": [], "": []}  # fmt: skip
+    (base / "model_index.json").write_text(json.dumps(index | odd))
+    before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*") if f.is_file()}
+    out = tmp_path / "made" / "out"
+    out.parent.mkdir()
+    merge(MergeOptions(models=(str(base), str(base)), method="weighted_sum", out=out))
+    after = {f for f in tmp_path.rglob("*") if f.is_file() and out not in f.parents}
+    assert after == before.keys()
+    assert all(f.stat().st_mtime_ns == time for f, time in before.items())
+    assert {f.name for f in out.iterdir()} == {f.name for f in other.iterdir()}
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,8 @@ def test_what_is_missing_or_unknown_is_named(tmp_path):
         ('{"weight_map": {"a": "c.safetensors"}}', "c.safetensors is missing, a shard"),
         ('{"weight_map": {"a": "../c.safetensors"}}', "is missing, a shard"),
         ('{"weight_map": {"b": "a.safetensors"}}', "a.safetensors lacks b, which"),
+        ('{"weight_map": {"a": ["a.safetensors"]}}', "a lies in .*, no file"),
+        ('{"weight_map": {"a": "a.safetensors", "b": 1}}', "b lies in 1, no file"),
         ("{}", "is no index of shards"),
         ("{", "is not readable JSON"),
     ]:
