@@ -102,6 +102,11 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def settings(told: argparse.Namespace) -> Result:
+    """The options of a benchmark that its figures depend on: not where results are written."""
+    return {name: v for name, v in vars(told).items() if name not in ("output", "pictures")}
+
+
 def report(name: str, figures: Result, lines: Sequence[str], output: Path | None) -> None:
     """Print `lines`; with an `output` folder also write them and `figures` there."""
     print("\n".join(lines))

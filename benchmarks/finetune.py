@@ -12,13 +12,17 @@ two new objects, with a prompt for every picture and with one prompt for all.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import statistics
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from benchmarks import common
 from benchmarks.common import Result
@@ -47,6 +51,7 @@ class Arm:
 
     lora: bool
     prior: bool
+    pairs: tuple[Pair, ...] = (RED_CROSS,)
     prompt: str = ""
 
     @property
@@ -61,14 +66,17 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", default="embedded-inpaint", help="an inpaint base of the world")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lora_steps", type=int, default=350)
-    parser.add_argument("--lora_rate", type=float, default=2.5e-3)
-    parser.add_argument("--full_steps", type=int, default=350)
+    parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; they share the cores")
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--two_steps", type=int, default=600, help="of the runs with two objects")
+    parser.add_argument("--lora_rate", type=float, default=1.2e-3)
     parser.add_argument("--full_rate", type=float, default=4e-4)
     parser.add_argument("--batch", type=int, default=6)
-    parser.add_argument("--class_pictures", type=int, default=400)
-    parser.add_argument("--asked", type=int, default=32, help="new objects asked for per run")
-    parser.add_argument("--known", type=int, default=64, help="old prompts asked for per run")
+    parser.add_argument("--class_pictures", type=int, default=800)
+    parser.add_argument("--prior_loss_weight", type=float, default=1.5)
+    parser.add_argument("--asked", type=int, default=96, help="new objects asked for per run")
+    parser.add_argument("--known", type=int, default=128, help="old prompts asked for per run")
     parser.add_argument("--only", nargs="+", choices=["concept", "two"])
     parser.add_argument("--pictures", type=Path, help="where to write what was painted")
     common.add_output(parser)
@@ -127,19 +135,22 @@ def options_of(told: argparse.Namespace, arm: Arm, seed: int, data: Path) -> Fin
     """The run of one arm."""
     prior = (
         {"with_prior_preservation": True, "class_data_dir": data.parent / "class",
-         "class_prompt": "a shape", "num_class_images": told.class_pictures}
+         "class_prompt": "a shape", "num_class_images": told.class_pictures,
+         "prior_loss_weight": told.prior_loss_weight}
         if arm.prior
         else {}
     )  # fmt: skip
-    pictures = data / ("bare" if arm.prompt else "new")
+    lora = {"use_lora": True, "lora_target_modules": LAYERS} if arm.lora else {}
+    rate = told.lora_rate if arm.lora else told.full_rate
     return FinetuneOptions(
-        pretrained_model_name_or_path=told.base, instance_data_dir=str(pictures),
-        instance_prompt=arm.prompt, image_size=SIDE, batch_size=told.batch, use_lora=arm.lora,
-        lora_target_modules=LAYERS, learning_rate=told.lora_rate if arm.lora else told.full_rate,
-        max_steps=told.lora_steps if arm.lora else told.full_steps, lr_scheduler="cosine",
-        lr_warmup_steps=10, mask_kinds=("full=3", "rectangles", "ellipse", "border"),
-        mask_area=(0.3, 0.9), num_workers=0, log_images_steps=0, log_steps=50, save_steps=10**6,
-        seed=seed, output_dir=data / f"{arm.name}", **prior,
+        pretrained_model_name_or_path=told.base, instance_prompt=arm.prompt,
+        instance_data_dir=str(data / ("bare" if arm.prompt else "new")), image_size=SIDE,
+        random_flip=True, mask_kinds=("full=6", "rectangles", "ellipse", "border"),
+        mask_area=(0.3, 0.9), batch_size=told.batch, learning_rate=rate, train_text_encoder=True,
+        text_encoder_lr=rate / 5, lr_scheduler="cosine", lr_warmup_steps=10, ema_decay=0.99,
+        max_steps=told.steps if len(arm.pairs) == 1 else told.two_steps,
+        proportion_empty_prompts=0.1, num_workers=0, log_images_steps=0, save_steps=10**6,
+        seed=seed, output_dir=data / f"{arm.name}", **lora, **prior,
     )  # fmt: skip
 
 
@@ -152,28 +163,46 @@ def learn(options: FinetuneOptions, base: str) -> Pipeline:
     return load(base, loras=(final,), device="cpu") if options.use_lora else load(final)
 
 
-def compare(told: argparse.Namespace, arms: Sequence[Arm], pairs: Sequence[Pair]) -> Result:
-    """Every arm for every seed: new objects and old ones, before and after."""
+def run_arm(told: argparse.Namespace, arm: Arm, seed: int, data: Path) -> Result:
+    """Train one arm from the pictures in `data`; the shares of new and of old objects after it."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // told.jobs))
+    pipeline, found = learn(options_of(told, arm, seed, data), told.base), {}
+    for name, truths in asked_of(told, arm.pairs).items():
+        found[name], row = accuracy(pipeline, truths, 0)
+        if told.pictures:
+            file = f"{arm.name} {name} {seed}.png".replace(", ", "-").replace(" ", "-")
+            save_image(told.pictures / file, row)
+    print(seed, arm.name, found, flush=True)
+    return found
+
+
+def asked_of(told: argparse.Namespace, pairs: Sequence[Pair]) -> dict[str, list[Truth]]:
+    """What is asked for: new objects on grounds they were not taught on, and held-out old ones."""
+    new = (new_truth(pairs[n % len(pairs)], HELD_OUT + 500 + n) for n in range(told.asked))
+    old = (OLD.draw(HELD_OUT + n, (8, 8)).truth for n in range(told.known))
+    return {"new": list(new), "old": list(old)}
+
+
+def compare(told: argparse.Namespace, arms: Sequence[Arm]) -> Result:
+    """Every arm for every seed, `told.jobs` at a time: the shares of new and of old objects."""
     before = load(told.base, device="cpu")
-    old = [OLD.draw(HELD_OUT + n, (8, 8)).truth for n in range(told.known)]
-    new = [new_truth(pairs[n % len(pairs)], HELD_OUT + 500 + n) for n in range(told.asked)]
-    found: Result = {arm.name: {"new": [], "old": []} for arm in arms}
-    found["before"] = {"new": [accuracy(before, new, 0)[0]], "old": [accuracy(before, old, 0)[0]]}
-    with tempfile.TemporaryDirectory() as folder:
+    asked = asked_of(told, arms[0].pairs).items()
+    found: Result = {"before": {name: [accuracy(before, truths, 0)[0]] for name, truths in asked}}
+    seeds = range(told.first_seed, told.first_seed + told.seeds)
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(told.jobs, mp_context=spawn) as pool,
+    ):
         write_class(Path(folder) / "class", before, told.class_pictures)
-        for seed in range(told.seeds):
-            data = Path(folder) / str(seed)
-            write_pictures(data / "new", pairs, seed)
-            write_pictures(data / "bare", pairs, seed, told=False)
-            for arm in arms:
-                pipeline = learn(options_of(told, arm, seed, data), told.base)
-                for name, truths in (("new", new), ("old", old)):
-                    share, row = accuracy(pipeline, truths, 0)
-                    found[arm.name][name].append(share)
-                    if told.pictures:
-                        file = f"{arm.name} {name} {seed}.png".replace(", ", "-").replace(" ", "-")
-                        save_image(told.pictures / file, row)
-                print(seed, arm.name, {n: v[-1] for n, v in found[arm.name].items()}, flush=True)
+        for seed in seeds:
+            write_pictures(Path(folder) / str(seed) / "new", arms[0].pairs, seed)
+            write_pictures(Path(folder) / str(seed) / "bare", arms[0].pairs, seed, told=False)
+        runs = {(arm, seed): pool.submit(run_arm, told, arm, seed, Path(folder) / str(seed))
+                for seed in seeds for arm in arms}  # fmt: skip
+        for arm in arms:
+            shares = [runs[arm, seed].result() for seed in seeds]
+            found[arm.name] = {name: [share[name] for share in shares] for name in shares[0]}
     return found
 
 
@@ -193,16 +222,16 @@ def main() -> None:
     wanted = told.only or ["concept", "two"]
     figures, lines = {}, []
     if "concept" in wanted:
-        arms = [Arm(lora=lora, prior=prior) for lora in (True, False) for prior in (True, False)]
-        figures["concept"] = compare(told, arms, [RED_CROSS])
+        arms = [Arm(lora=lora, prior=prior) for prior in (True, False) for lora in (True, False)]
+        figures["concept"] = compare(told, arms)
         lines += lines_of("a red cross, from 12 pictures", figures["concept"])
     if "two" in wanted:
         prompts = ("", "red cross or white ring on background")
-        arms = [Arm(lora=True, prior=True, prompt=prompt) for prompt in prompts]
-        figures["two"] = compare(told, arms, [RED_CROSS, WHITE_RING])
+        both = (RED_CROSS, WHITE_RING)
+        arms = [Arm(lora=True, prior=True, pairs=both, prompt=prompt) for prompt in prompts]
+        figures["two"] = compare(told, arms)
         lines += lines_of("a red cross and a white ring, from 6 pictures each", figures["two"])
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(told).items()}
-    common.report("finetune", {"options": options, **figures}, lines, told.output)
+    common.report("finetune", {"options": common.settings(told), **figures}, lines, told.output)
 
 
 # Attention, and where the prompt scales and shifts the features of the embedded base.

@@ -100,9 +100,7 @@ def main() -> None:
             lines.append(f"{world:11s} {name:12s} {np.mean(values):.3f}   ({few})")
     labels = rendered(told)
     lines += [f"{name:24s} {np.mean(right):.3f} of {len(right)}" for name, right in labels.items()]
-    common.report(
-        "skins", {"options": vars(told) | {"pictures": None}, **figures}, lines, told.output
-    )
+    common.report("skins", {"options": common.settings(told), **figures}, lines, told.output)
 
 
 if __name__ == "__main__":

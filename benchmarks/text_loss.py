@@ -139,7 +139,7 @@ def main() -> None:
     for arm in ("without", "with"):
         mean = statistics.mean(results[f"{arm} {seed}"][other] for seed in range(told.seeds))
         lines.append(f"{arm:8s} judge, mean of seeds {mean:.3f}")
-    common.report("text_loss", {"options": vars(told), **results}, lines, told.output)
+    common.report("text_loss", {"options": common.settings(told), **results}, lines, told.output)
 
 
 if __name__ == "__main__":
