@@ -16,6 +16,7 @@ from torch import Tensor
 
 from controlfill.errors import UserError
 from controlfill.models import embedded
+from controlfill.models.configs import INPAINT_CHANNELS, PAIR_CHANNELS
 from controlfill.models.glid import count_channels, load_unet
 from controlfill.models.single_file import LEAST_WORDS, load_checkpoint
 from controlfill.models.text import Text
@@ -33,10 +34,8 @@ SUCCESSORS = {
 }
 USUAL_GUIDANCE = 7.5
 GUIDANCE = {"embedded": embedded.GUIDANCE, "sdxl": 5.0}
-# Noisy latents, the mask, and the latents of the masked picture (SD's inpainting checkpoints).
-INPAINT_CHANNELS = 4 + 1 + 4
 # Noisy latents and the known latents, zero in open cells; no mask (glid-3-xl-stable).
-GLID_CHANNELS = 4 + 4
+GLID_CHANNELS = PAIR_CHANNELS
 FAMILIES = {768: "sd15", 1024: "sd2", 2048: "sdxl", embedded.TEXT_WIDTH: "embedded"}
 # The kind of extra embedding by which diffusers knows SDXL's networks.
 FRAMING = "text_time"
@@ -212,13 +211,13 @@ def load_bundle(name: str, inpainting: bool = False, unet: str | Path | None = N
 
 def _open_folder(name: str, inpainting: bool, unet: str | Path | None) -> dict[str, Any]:
     """What a bundle is made of, from a diffusers folder or the hub."""
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 
     where = find_base(name)
     config = _config(UNet2DConditionModel, where, "unet")
     if unet is None:
         check_unet(name, config, inpainting)
-        check_kind(name, config, where)
+        check_kind(name, config, lambda: _config(DiffusionPipeline, where).get("_class_name"))
     return {
         "vae": _load_part(AutoencoderKL, where, "vae"),
         "unet": _load_part(UNet2DConditionModel, where, "unet")
@@ -235,6 +234,7 @@ def _open_file(name: str, inpainting: bool, unet: str | Path | None) -> dict[str
     config = dict(found["unet"].config)
     if unet is None:
         check_unet(name, config, inpainting)
+        check_kind(name, config, lambda: found["pipeline"])
     two = "text_encoder_2" in found
     return {
         "vae": found["vae"],
@@ -297,11 +297,19 @@ def find_base(name: str) -> str:
 
 def _load_part(cls: Any, where: str, subfolder: str) -> Any:
     """A network from its subfolder; half-precision-only folders are read by their variant."""
-    folder = Path(where) / subfolder
-    halves = list(folder.glob("*.fp16.safetensors"))
-    whole = [f for f in folder.glob("*.safetensors") if f not in halves]
-    variant = {"variant": "fp16"} if halves and not whole else {}
+    variant = {"variant": "fp16"} if is_half(Path(where) / subfolder) else {}
     return _try(lambda: cls.from_pretrained(where, subfolder=subfolder, **variant), where)
+
+
+def is_half(folder: Path) -> bool:
+    """Whether the weights that a folder holds as safetensors, else pickled, are in fp16 alone."""
+    for suffix in (".safetensors", ".bin"):
+        # Other variants, such as `.non_ema`, are read only when asked for.
+        stems = [file.stem for file in folder.glob(f"*{suffix}")]
+        whole = any("." not in stem for stem in stems)
+        if whole or any(re.search(r"\.fp16($|-)", stem) for stem in stems):
+            return not whole
+    return False
 
 
 def _config(cls: Any, where: str, subfolder: str | None = None) -> dict[str, Any]:
@@ -324,17 +332,19 @@ def check_unet(name: str, config: dict[str, Any], inpainting: bool = False) -> N
         )
 
 
-def check_kind(name: str, config: dict[str, Any], where: str) -> None:
-    """Raise UserError for UNets of 8 channels that see something else than known latents there."""
-    from diffusers import DiffusionPipeline
+def check_kind(name: str, config: dict[str, Any], pipeline: Callable[[], Any]) -> None:
+    """Raise UserError for UNets of 8 channels that see something else than known latents there.
 
+    `pipeline` finds the class of the base's pipeline, which tells.
+    """
     if config.get("in_channels") != GLID_CHANNELS:
         return
-    kind = str(_config(DiffusionPipeline, where).get("_class_name"))
+    kind = str(pipeline())
     if not re.fullmatch(r"StableDiffusion(XL)?(Inpaint)?Pipeline", kind):
         raise UserError(
             f"{name} is a {kind}, whose UNet of {GLID_CHANNELS} channels fills no holes; of those "
-            "that take as many only glid-3-xl-stable's does"
+            "that take as many only glid-3-xl-stable's does, which `controlfill glid join` puts "
+            "into a base"
         )
 
 

@@ -16,7 +16,18 @@ from controlfill.models.recognise import text_width
 from controlfill.models.weights import Weights
 
 Config = dict[str, Any]
+# What a message says where shapes don't tell enough; not every command has the option itself.
+SAY = "give `controlfill convert` a diffusers folder of the same architecture as --config_from"
 
+# Noisy latents alone.
+PLAIN_CHANNELS = 4
+# Noisy latents, the mask, and the latents of the masked picture (SD's inpainting checkpoints).
+INPAINT_CHANNELS = 4 + 1 + 4
+# Noisy latents and those of a picture: InstructPix2Pix's, and glid-3-xl-stable's, where the picture
+# is zero in open cells. Only what a file says tells one from the other.
+PAIR_CHANNELS = 4 + 4
+# What a UNet of so many channels is for, in the names of diffusers' pipelines.
+TASKS = {INPAINT_CHANNELS: "Inpaint", PAIR_CHANNELS: "InstructPix2Pix"}
 # The first width of the released UNets; by it their heads are known.
 RELEASED_WIDTH = 320
 HEADS_SD15, HEAD_WIDTH = 8, 64
@@ -31,6 +42,9 @@ CLIP = {"hidden_act": "quick_gelu", "projection_dim": 768}
 OPEN_CLIP = {"hidden_act": "gelu", "projection_dim": 512}
 # ComfyUI's rule: this bias of SD 2 is spread wider where v is predicted.
 V_BIAS, V_SPREAD = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
+# What a header says of a UNet's prediction, in its own words.
+SPEC_KEY = "modelspec.prediction_type"
+SPECS = {"v_prediction": "v"}
 SCHEDULE: Config = {
     "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085,
     "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
@@ -125,8 +139,7 @@ def _heads(first: int, widths: list[int], family: str, like: Config | None) -> A
         return like["attention_head_dim"]
     if first != RELEASED_WIDTH:
         raise UserError(
-            f"a network {first} wide is of no release, so that its heads can't be told; give "
-            "--config_from, a diffusers folder of the same architecture"
+            f"a network {first} wide is of no release, so that its heads can't be told; {SAY}"
         )
     return HEADS_SD15 if family == "sd15" else [width // HEAD_WIDTH for width in widths]
 
@@ -136,10 +149,7 @@ def vae_config(view: Weights, family: str) -> Config:
     blocks = [f"encoder.down.{n}.block.0.conv1.weight" for n in range(9)]
     widths = [view.shape(name)[0] for name in blocks if name in view]
     if any(width % 32 for width in widths):
-        raise UserError(
-            f"an autoencoder with widths {widths} is of no release; give --config_from, a "
-            "diffusers folder of the same architecture"
-        )
+        raise UserError(f"an autoencoder with widths {widths} is of no release; {SAY}")
     layers = [n for n in range(9) if f"encoder.down.0.block.{n}.conv1.weight" in view]
     return {
         "_class_name": "AutoencoderKL", "block_out_channels": widths,
@@ -172,8 +182,7 @@ def clip_config(view: Weights, opened: bool) -> Config:
     }  # fmt: skip
     if width % HEAD_WIDTH:
         raise UserError(
-            f"a text encoder {width} wide is of no release, so that its heads can't be told; give "
-            "--config_from, a diffusers folder of the same architecture"
+            f"a text encoder {width} wide is of no release, so that its heads can't be told; {SAY}"
         )
     return config
 
@@ -202,16 +211,26 @@ def scheduler_config(prediction_type: str, zero_snr: bool) -> Config:
     return config
 
 
-def told_prediction(weights: Weights, view: Weights, family: str) -> str:
-    """What a checkpoint says that its UNet (`view`) predicts: by mark, header or SD 2's bias."""
-    spec = weights.metadata.get("modelspec.prediction_type", "")
+def marked_prediction(weights: Weights, view: Weights, family: str) -> str | None:
+    """What a file says that its UNet (`view`) predicts: by mark, header or SD 2's bias."""
+    spec = weights.metadata.get(SPEC_KEY, "")
     if "v_pred" in weights or spec.startswith("v"):
         return "v_prediction"
     plain = family == "sd2" and view.shape("input_blocks.0.0.weight")[1] == 4
     if plain and not spec and V_BIAS in view:
         spread = torch.std(view[V_BIAS].float(), unbiased=False)
         return "v_prediction" if spread > V_SPREAD else "epsilon"
-    return "epsilon"
+    return "epsilon" if spec.startswith("eps") else None
+
+
+def pipeline_class(channels: int, two: bool) -> str:
+    """diffusers' pipeline of a UNet of so many channels, `two` text encoders or one beside it."""
+    return f"StableDiffusion{'XL' if two else ''}{TASKS.get(channels, '')}Pipeline"
+
+
+def told_prediction(weights: Weights, view: Weights, family: str) -> str:
+    """The same; epsilon where nothing says otherwise."""
+    return marked_prediction(weights, view, family) or "epsilon"
 
 
 def marks(scheduler: Config) -> Weights:

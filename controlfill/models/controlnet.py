@@ -23,12 +23,13 @@ from controlfill.models.formats import (
     without_prefix,
 )
 from controlfill.models.recognise import recognise, text_width
-from controlfill.models.weights import Weights, open_weights
+from controlfill.models.weights import Weights, open_weights, stem_file
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+STEM = "diffusion_pytorch_model"
+WEIGHTS = f"{STEM}.safetensors"
 SINGLE = "controlnet.safetensors"
 AVERAGE = "ema.safetensors"
 # The hint passes through these widths of the ControlNet paper, halving its size at each but one.
@@ -124,16 +125,22 @@ def find_controlnet(where: str) -> Path:
         )
     for folder in (path, path / "final_model", *reversed(list_checkpoints(path))):
         # A run with averaged weights means those, in its checkpoints as in its final model.
-        for name in (AVERAGE, WEIGHTS):
-            if (folder / name).is_file():
-                return folder / name
+        if (folder / AVERAGE).is_file():
+            return folder / AVERAGE
+        # Others' folders may hold half precision alone, shards, or a pickle.
+        if file := stem_file(folder, STEM):
+            return file
     for file in (path / "checkpoints" / "last.ckpt", *sorted(path.glob("*.ckpt"))):
         if file.is_file():
             return file
     runs = sorted(path.glob("controlnet_inpainting_*"))
     if runs:
         return find_controlnet(str(runs[-1]))
-    raise UserError(f"{where} holds no ControlNet: {WEIGHTS} is missing")
+    seen = ", ".join(sorted(f.name for f in path.iterdir())[:4]) or "nothing"
+    raise UserError(
+        f"{where} holds no ControlNet: {WEIGHTS} is missing (or the same with .fp16, or .bin); it "
+        f"holds {seen}; name the file if it is called otherwise"
+    )
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -189,7 +196,9 @@ def load_controlnet(file: Path, bundle: Bundle, channels: int, **kind: Any) -> C
 
 
 def _config_of(file: Path) -> dict[str, Any] | None:
-    if file.name in (WEIGHTS, AVERAGE) and (file.parent / "config.json").is_file():
+    if (file.name == AVERAGE or file.name.startswith(STEM)) and (
+        file.parent / "config.json"
+    ).is_file():
         return read_json(file.parent / "config.json")
     text = _about(file).get(CONFIG_KEY)
     return json.loads(text) if text else None

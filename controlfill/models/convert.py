@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from controlfill.errors import UserError
-from controlfill.files import check_empty, read_json, write_folder, write_json
+from controlfill.files import check_empty, write_folder, write_json
 from controlfill.models import configs, embedded
-from controlfill.models.bundle import GLID_CHANNELS, INPAINT_CHANNELS
 from controlfill.models.controlnet import AVERAGE, find_controlnet
 from controlfill.models.formats import (
     CONFIG_KEY,
@@ -25,8 +24,13 @@ from controlfill.models.formats import (
     open_model,
 )
 from controlfill.models.layout import Cast, InMemory, Renamed, Together, save
-from controlfill.models.lora_bake import adapter_metadata
-from controlfill.models.lora_names import ADAPTER_KEY, from_kohya, pairs, to_kohya
+from controlfill.models.lora_names import (
+    ADAPTER_KEY,
+    adapter_metadata,
+    from_kohya,
+    pairs,
+    to_kohya,
+)
 from controlfill.models.recognise import CONTROL, UNET, VAE, recognise
 from controlfill.models.single_file import Tokenizers, find_tokenizers
 from controlfill.models.weights import Weights, find_weights, open_weights
@@ -96,7 +100,11 @@ def find_source(path: Path) -> Path:
 
 
 def predicting(model: Model, prediction_type: str | None) -> Model:
-    """The model with what the user says that it predicts."""
+    """The model with what the user says that it predicts. Raises UserError for what doesn't."""
+    if prediction_type and model.kind not in ("checkpoint", "unet"):
+        raise UserError(
+            f"--prediction_type is for checkpoints and UNets; this is {describe(model.kind, '')}"
+        )
     if model.kind == "checkpoint" and prediction_type:
         model.configs["scheduler"]["prediction_type"] = prediction_type
     return model
@@ -114,8 +122,8 @@ def write_single(model: Model, options: ConvertOptions, report: Report) -> Conve
     if model.kind == "controlnet":
         about[CONFIG_KEY] = json.dumps(model.configs["controlnet"], default=str)
     else:
-        about[CONFIGS_KEY] = json.dumps(model.configs, default=str)
-    if model.kind == "checkpoint" and SPEC_KEY in about:
+        about[CONFIGS_KEY] = json.dumps(plain_configs(model), default=str)
+    if model.kind == "unet" or configs.SPEC_KEY in about:
         about |= said(options.prediction_type)
     count = write(weights, options, about, report)
     what = f"{describe(model.kind, model.family)} in the {layout} layout"
@@ -180,7 +188,11 @@ def copy_checkpoint(
 
 def said(prediction_type: str | None) -> dict[str, str]:
     """What a header says of what the user says that a UNet predicts."""
-    return {SPEC_KEY: SPECS.get(prediction_type, prediction_type)} if prediction_type else {}
+    return (
+        {configs.SPEC_KEY: configs.SPECS.get(prediction_type, prediction_type)}
+        if prediction_type
+        else {}
+    )
 
 
 def write(weights: Weights, options: ConvertOptions, about: dict[str, str], report: Report) -> int:
@@ -217,10 +229,15 @@ def write_diffusers(
             cast = Cast(weights, DTYPES[options.dtype])
             text = part.startswith("text_encoder")
             name = "model.safetensors" if text else "diffusion_pytorch_model.safetensors"
-            save(cast, place / name, carried(weights.metadata), told)
+            about = carried(weights.metadata)
+            if model.kind == "unet":
+                # Nothing else in the folder says what it predicts.
+                spec = {k: v for k, v in weights.metadata.items() if k == configs.SPEC_KEY}
+                about |= spec | said(options.prediction_type)
+            save(cast, place / name, about, told)
             write_json(place / "config.json", plain_config(model.configs[part], options.dtype))
         if tokenizers:
-            write_pipeline(model, tokenizers, folder, source)
+            write_pipeline(model, tokenizers, folder)
     what = f"{describe(model.kind, model.family)} as a diffusers folder"
     return Converted(options.out, what, total, model.notes)
 
@@ -237,21 +254,23 @@ def plain_config(config: configs.Config, dtype: str) -> configs.Config:
     return {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
 
 
-def pipeline_class(model: Model, source: Path) -> str:
-    """What a pipeline is called: after its channels, or as in the folder `source`.
-
-    UNets of 8 channels are for several things, which only the folder that they are from tells.
-    """
+def pipeline_class(model: Model) -> str:
+    """What a pipeline is called: after its channels, and where these don't tell as it was."""
     channels = model.configs["unet"].get("in_channels", 4)
-    index = source / "model_index.json"
-    own = read_json(index).get("_class_name") if index.is_file() else None
-    if channels == GLID_CHANNELS and own:
-        return own
-    kind = "StableDiffusionXL" if "text_encoder_2" in model.parts else "StableDiffusion"
-    return f"{kind}{TASKS.get(channels, '')}Pipeline"
+    if channels == configs.PAIR_CHANNELS and model.pipeline:
+        return model.pipeline
+    return configs.pipeline_class(channels, "text_encoder_2" in model.parts)
 
 
-def write_pipeline(model: Model, tokenizers: Tokenizers, folder: Path, source: Path) -> None:
+def plain_configs(model: Model) -> dict[str, Any]:
+    """What a header says: configs, and the pipeline where the UNet's channels don't tell it."""
+    told = dict(model.configs)
+    if model.configs.get("unet", {}).get("in_channels") == configs.PAIR_CHANNELS and model.pipeline:
+        told["pipeline"] = {"_class_name": model.pipeline}
+    return told
+
+
+def write_pipeline(model: Model, tokenizers: Tokenizers, folder: Path) -> None:
     """Write what a diffusers pipeline has beside its networks."""
     import diffusers
 
@@ -262,7 +281,7 @@ def write_pipeline(model: Model, tokenizers: Tokenizers, folder: Path, source: P
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     two = "text_encoder_2" in model.parts
     index: dict[str, Any] = {
-        "_class_name": pipeline_class(model, source),
+        "_class_name": pipeline_class(model),
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -289,10 +308,15 @@ def convert_lora(source: Path, weights: Weights, options: ConvertOptions) -> Con
     layout = options.layout or ("kohya" if in_file else "diffusers")
     if layout == "original":
         raise UserError("a LoRA has kohya's or diffusers' names; give --layout kohya or diffusers")
+    if options.prediction_type:
+        raise UserError("--prediction_type is for checkpoints and UNets; this is a LoRA")
     state = {name: weights[name] for name in weights.names}
     about = {k: v for k, v in weights.metadata.items() if k not in ("format", ADAPTER_KEY)}
-    parts = {module.partition(".")[0] for module in pairs(state)}
-    told = adapter_metadata(source, weights, parts)
+    try:
+        parts = {module.partition(".")[0] for module in pairs(state)}
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    told = adapter_metadata(source, weights.metadata, parts)
     plain = from_kohya(state) if layout == "diffusers" else to_kohya(state, told)
     # Alphas that are tensors are in the matrices now, and must not be told again.
     kept = layout == "diffusers" and not any(name.endswith(".alpha") for name in state)
@@ -310,8 +334,3 @@ def describe(kind: str, family: str) -> str:
 
 
 KINDS = {"checkpoint": "checkpoint", "controlnet": "ControlNet", "unet": "UNet", "vae": "VAE"}
-# What a UNet of so many channels is for, in the names of diffusers' pipelines.
-TASKS = {INPAINT_CHANNELS: "Inpaint", GLID_CHANNELS: "Inpaint"}
-# What a header says of a UNet's prediction, in its own words.
-SPEC_KEY = "modelspec.prediction_type"
-SPECS = {"v_prediction": "v"}

@@ -28,6 +28,7 @@ from controlfill.models.recognise import (
     NameLayout,
     What,
     family,
+    other_method,
     recognise,
     text_parts,
 )
@@ -48,7 +49,8 @@ Rows = Callable[[Iterable[str]], tuple[list[Row], list[str]]]
 class Model:
     """A checkpoint, ControlNet, UNet or autoencoder. `parts` have diffusers' names and shapes.
 
-    `configs` are those of the parts, and for a checkpoint that of its `scheduler`.
+    `configs` are those of the parts, and for a checkpoint that of its `scheduler`; `pipeline` is
+    the class of a checkpoint's pipeline.
     """
 
     kind: Kind
@@ -58,6 +60,7 @@ class Model:
     configs: dict[str, Config]
     metadata: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    pipeline: str = ""
 
     def state(self, part: str) -> dict[str, Tensor]:
         """All tensors of a part, read now."""
@@ -105,7 +108,8 @@ def open_model(path: Path, told: Told | None = None) -> Model:
     if what.kind in ("controlnet", "unet", "vae"):
         return _open_single(path, weights, what, told)
     if what.kind == "lora":
-        raise UserError(f"{path} is a LoRA, which is no network of its own")
+        method = next(filter(None, map(other_method, weights.names)), "a LoRA")
+        raise UserError(f"{path} is {method}, which is no network of its own")
     raise UserError(
         f"{path} holds no Stable Diffusion checkpoint, ControlNet, UNet or autoencoder; its first "
         f"tensor is {weights.names[0] if weights.names else 'missing'}"
@@ -141,6 +145,7 @@ def _open_pipeline(folder: Path) -> Model:
     return Model(
         kind="checkpoint", layout="diffusers", family=family(parts["unet"]), parts=parts,
         configs=about, metadata=parts["unet"].metadata,
+        pipeline=str(index.get("_class_name", "")),
     )  # fmt: skip
 
 
@@ -230,9 +235,15 @@ def _open_checkpoint(path: Path, weights: Weights, told: Told) -> Model:
         about[part] = config or _shape_config(view, part, what.family, opened, scheduler)
         parts[part], count = to_diffusers(view, part, about[part], str(path), opened)
         used += count
+    own = (own_config(weights, "pipeline") or {}).get("_class_name")
+    channels = about["unet"].get("in_channels", 4)
+    notes = _left_out(weights, used)
+    if channels == configs.PAIR_CHANNELS and not own:
+        notes = (*notes, "a UNet of 8 channels that says nothing is taken for InstructPix2Pix's")
     return Model(
         kind="checkpoint", layout="original", family=what.family, parts=parts, configs=about,
-        metadata=weights.metadata, notes=_left_out(weights, used),
+        metadata=weights.metadata, notes=notes,
+        pipeline=own or configs.pipeline_class(channels, "text_encoder_2" in parts),
     )  # fmt: skip
 
 

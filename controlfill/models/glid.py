@@ -17,6 +17,12 @@ import torch
 
 from controlfill.errors import UserError
 from controlfill.files import check_empty, read_json, write_folder, write_json
+from controlfill.models.configs import (
+    INPAINT_CHANNELS,
+    PAIR_CHANNELS,
+    PLAIN_CHANNELS,
+    pipeline_class,
+)
 from controlfill.models.formats import CONFIGS_KEY
 from controlfill.models.layout import (
     AsDiffusers,
@@ -71,14 +77,14 @@ def join(checkpoint: Path, unet: Path, out: Path) -> int:
         others = [name for name in whole.names if not name.startswith((PREFIX, AVERAGE))]
         parts = [("", Renamed(whole, {name: name for name in others})), (PREFIX, fresh)]
         channels = fresh.shape(FIRST)[1]
-        save(Together(parts), out, with_channels(described(whole), channels))
+        about = with_channels(described(whole), channels)
+        save(Together(parts), out, with_pipeline(about, whole, channels))
         return len(fresh.names)
 
 
 def join_folder(base: Path, unet: Path, out: Path) -> int:
     """The same for a diffusers folder. Raises UserError when `out` holds something already."""
-    # They import the loaders of bases, which import this module.
-    from controlfill.models.bundle import INPAINT_CHANNELS
+    # It imports the loaders of bases, which import this module.
     from controlfill.models.merge_sources import describe_inpaint
 
     check_empty(out, "joined base")
@@ -200,8 +206,21 @@ def with_channels(about: dict[str, str], channels: int) -> dict[str, str]:
     if CONFIGS_KEY not in about:
         return about
     configs = json.loads(about[CONFIGS_KEY])
-    configs["unet"] = configs.get("unet", {}) | {"in_channels": channels}
+    if "unet" in configs:
+        configs["unet"] |= {"in_channels": channels}
+    configs.pop("pipeline", None)  # it was that of the other UNet
     return about | {CONFIGS_KEY: json.dumps(configs)}
+
+
+def with_pipeline(about: dict[str, str], whole: Weights, channels: int) -> dict[str, str]:
+    """A header that also tells glid-3-xl-stable's UNet from InstructPix2Pix's."""
+    if channels != PAIR_CHANNELS:
+        return about
+    two = any(name.startswith("conditioner.") for name in whole.names)
+    # diffusers has no pipeline that would fill holes with it.
+    pipeline = {"_class_name": pipeline_class(PLAIN_CHANNELS, two)}
+    told = json.loads(about.get(CONFIGS_KEY, "{}")) | {"pipeline": pipeline}
+    return about | {CONFIGS_KEY: json.dumps(told)}
 
 
 def described(weights: Weights) -> dict[str, str]:

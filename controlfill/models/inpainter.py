@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from controlfill.errors import UserError
-from controlfill.models.bundle import INPAINT_CHANNELS, Bundle, load_bundle
+from controlfill.models.bundle import Bundle, load_bundle
+from controlfill.models.configs import INPAINT_CHANNELS, PLAIN_CHANNELS, pipeline_class
 from controlfill.models.controlnet import HEADER_KEY, own_version
 from controlfill.models.text import Text, Words
 
@@ -27,11 +28,15 @@ PARTS = {"unet.": "unet.", "encoders.0.": "text_encoder.", "encoders.1.": "text_
 
 @dataclass(frozen=True, kw_only=True)
 class TunedHeader:
-    """What fine-tuned weights say of themselves; `rank` is that of a LoRA."""
+    """What fine-tuned weights say of themselves.
+
+    `unet` is a file or folder whose UNet took the place of the base's own, `rank` that of a LoRA.
+    """
 
     base: str
     base_family: str
     prediction_type: str
+    unet: str | None = None
     rank: int | None = None
     step: int = 0
     version: str = field(default_factory=own_version)
@@ -141,9 +146,12 @@ def widen(unet: UNet2DConditionModel, channels: int = INPAINT_CHANNELS) -> None:
     unet.register_to_config(in_channels=channels)
 
 
-def tuned_base(name: str, weights: dict[str, Tensor]) -> Bundle:
-    """The base called `name`, read anew, with those of its weights replaced that were learned."""
-    bundle = load_bundle(name, inpainting=True)
+def tuned_base(name: str, weights: dict[str, Tensor], unet: str | Path | None = None) -> Bundle:
+    """The base called `name`, read anew, with those of its weights replaced that were learned.
+
+    Its UNet is that in `unet`, where one took the place of its own.
+    """
+    bundle = load_bundle(name, inpainting=True, unet=unet)
     if not bundle.sees_masks:
         widen(bundle.unet)
     for place, network in enumerate([bundle.unet, *bundle.text.encoders]):
@@ -154,7 +162,10 @@ def tuned_base(name: str, weights: dict[str, Tensor]) -> Bundle:
 
 
 def save_pipeline(bundle: Bundle, folder: Path) -> None:
-    """Write `bundle` as the inpaint pipeline folder of its family, in single precision."""
+    """Write `bundle` as the inpaint pipeline folder of its family, in single precision.
+
+    For a UNet of glid-3-xl-stable's kind diffusers has no inpaint pipeline, so none is named.
+    """
     import diffusers
 
     config = dict(bundle.scheduler_config)
@@ -168,10 +179,10 @@ def save_pipeline(bundle: Bundle, folder: Path) -> None:
         tail = f"_{place + 1}" if place else ""
         parts |= {f"tokenizer{tail}": tokenizer, f"text_encoder{tail}": encoder}
     if bundle.asks_framing:
-        cls: Any = diffusers.StableDiffusionXLInpaintPipeline
         parts["force_zeros_for_empty_prompt"] = bundle.text.empty_is_zero
     else:
-        cls = diffusers.StableDiffusionInpaintPipeline
         parts |= {"safety_checker": None, "feature_extractor": None}
         parts["requires_safety_checker"] = False
+    channels = PLAIN_CHANNELS if bundle.is_glid else INPAINT_CHANNELS
+    cls: Any = getattr(diffusers, pipeline_class(channels, two=bundle.asks_framing))
     cls(**parts).save_pretrained(folder)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,13 +22,24 @@ from controlfill.files import read_header
 from controlfill.models.bundle import Bundle, current_name
 from controlfill.models.controlnet import HEADER_KEY
 from controlfill.models.inpainter import PARTS, Inpainter, TunedHeader, unread_parts
-from controlfill.models.lora_names import ADAPTER_KEY, pairs, read_alphas, rooted, to_kohya
+from controlfill.models.lora_names import (
+    ADAPTER_KEY,
+    adapter_metadata,
+    pairs,
+    read_alphas,
+    rooted,
+    to_kohya,
+)
+from controlfill.models.merge_sources import is_finite
+from controlfill.models.weights import open_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 LORA = "pytorch_lora_weights.safetensors"
+# What a folder may hold instead: as diffusers wrote it once, and PEFT's own.
+OTHER_FILES = ("pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin")
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 # How peft calls an adapter of which there is only one, within the names of its weights.
 ADAPTER = ".default."
@@ -146,11 +156,11 @@ def read_pairs(file: Path) -> list[tuple[str, Tensor, Tensor, float]]:
     The scale is alpha / rank, or alpha / sqrt(rank) where PEFT trained with rank stabilisation.
     """
     try:
-        tensors, about = load_file(file), read_header(file)
-        found, told = pairs(tensors), read_alphas(about)
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"the LoRA {file} could not be read as safetensors: {reason}") from error
+        with open_weights(file) as weights:
+            found = pairs({name: weights[name] for name in weights.names})
+            networks = {layer.partition(".")[0] for layer in found}
+            about = adapter_metadata(file, weights.metadata, networks)
+        told = read_alphas(about)
     except UserError as error:
         raise UserError(f"the LoRA {file}: {error}") from error
     read = []
@@ -163,6 +173,8 @@ def read_pairs(file: Path) -> list[tuple[str, Tensor, Tensor, float]]:
 
 def read_lora_header(file: Path) -> TunedHeader | None:
     """What a LoRA of ours says of itself; None for others."""
+    if file.suffix not in (".safetensors", ".sft"):
+        return None
     values = json.loads(read_header(file).get(HEADER_KEY) or "null")
     known = {f.name for f in fields(TunedHeader)}
     return TunedHeader(**{k: v for k, v in values.items() if k in known}) if values else None
@@ -184,7 +196,8 @@ def find_lora(words: str) -> tuple[Path, float]:
     path = Path(where or words)
     # Of a folder of runs, the newest that came to its end.
     runs = sorted(path.glob(f"*/final_model/{LORA}"), reverse=True)
-    for file in (path, path / LORA, path / "final_model" / LORA, *runs):
+    inside = [path / name for name in (LORA, *OTHER_FILES)]
+    for file in (path, *inside, path / "final_model" / LORA, *runs):
         if file.is_file():
             return file, scale
     raise UserError(f"--lora {words}: there is no such file; give a .safetensors, or FILE:0.8")
@@ -204,6 +217,8 @@ def fuse_lora(bundle: Bundle, file: Path, scale: float) -> None:
         _check_fit(module, down, up, f"{file} ({layer})", bundle)
         weight: Any = getattr(module, "weight", None)
         delta = (up.flatten(1).float() @ down.flatten(1).float()).view_as(weight)
+        if not is_finite(delta):
+            raise UserError(f"the LoRA {file} ({layer}) holds NaN or infinite numbers")
         weight.data += (scale * share * delta).to(weight)
 
 

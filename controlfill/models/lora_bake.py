@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,10 +13,16 @@ import torch
 from torch import Tensor
 
 from controlfill.errors import UserError
-from controlfill.files import read_json
 from controlfill.models.formats import open_model, rows_of
 from controlfill.models.layout import THIRDS, How
-from controlfill.models.lora_names import ADAPTER_KEY, pairs, read_alphas
+from controlfill.models.lora_names import (
+    Parts,
+    adapter_metadata,
+    find_parts,
+    fold,
+    read_alphas,
+    rooted,
+)
 from controlfill.models.merge_sources import (
     PARTS,
     Draft,
@@ -60,8 +65,7 @@ class Place(NamedTuple):
 class Entry:
     """Where a layer's matrices lie in a LoRA file, and the factor alpha / rank."""
 
-    up: str
-    down: str
+    parts: Parts
     factor: float
 
 
@@ -78,14 +82,17 @@ class Lora:
         (out, in) of a linear layer, (out, in, k, k) of a convolution.
         """
         entry = self.entries[layer]
-        up, down = (self._read(name).float() for name in (entry.up, entry.down))
+        up, down = (self._read(name).float() for name in (entry.parts.up, entry.parts.down))
+        middle = entry.parts.middle
+        down = fold(down, None if middle is None else self._read(middle))
         product = (up.flatten(1) @ down.flatten(1)) * entry.factor
         return product.reshape(up.shape[0], *down.shape[1:])
 
     def delta_shape(self, layer: Layer) -> tuple[int, ...]:
         """The shape of `delta`, told without reading."""
-        entry = self.entries[layer]
-        return self.weights.shape(entry.up)[0], *self.weights.shape(entry.down)[1:]
+        down, up, _, middle = self.entries[layer].parts
+        shapes = [self.weights.shape(name) for name in (up, down, middle or down)]
+        return shapes[0][0], shapes[1][1], *shapes[2][2:]
 
     def _read(self, name: str) -> Tensor:
         tensor = self.weights[name]
@@ -187,43 +194,24 @@ def read_entries(path: Path, weights: Weights) -> dict[Layer, Entry]:
 
     Raises UserError for other kinds of adapters and for halves without the other.
     """
-    # Stand-ins without numbers, so that the file is not read as a whole.
-    stand_ins = {
-        name: weights[name]
-        if name.endswith(".alpha")
-        else torch.empty(weights.shape(name), device="meta")
-        for name in weights.names
-    }
-    names = {id(tensor): name for name, tensor in stand_ins.items()}
     try:
-        found = pairs(stand_ins)
-        about = adapter_metadata(path, weights, {module.partition(".")[0] for module in found})
+        found = find_parts({name: weights.shape(name) for name in weights.names})
+        networks = {module.partition(".")[0] for module in found}
+        about = adapter_metadata(path, weights.metadata, networks)
         told = read_alphas(about)
-        rooted = json.loads(about.get(ADAPTER_KEY) or "{}")
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    entries, used = {}, set()
-    for module, (down, up, alpha) in found.items():
+    entries = {}
+    for module, parts in found.items():
         network, _, inner = module.partition(".")
-        rank = down.shape[0]
-        scale = float(told(module, rank) if alpha is None else alpha)
-        root = math.sqrt(rank) if rooted.get(f"{network}.use_rslora") else rank
-        entry = Entry(up=names[id(up)], down=names[id(down)], factor=scale / root)
-        entries[Layer(network, plain(inner))] = entry
-        used |= {entry.up, entry.down}
-    odd = next((n for n in weights.names if n not in used and not n.endswith(".alpha")), None)
-    if odd:
-        raise UserError(f"{path}: {odd} is no part of a plain LoRA, and would be lost")
+        rank = weights.shape(parts.down)[0]
+        alpha = (
+            float(weights[parts.alpha])
+            if parts.alpha
+            else told(module, rank) * rooted(about, module, rank)
+        )
+        entries[Layer(network, plain(inner))] = Entry(parts=parts, factor=alpha / rank)
     return entries
-
-
-def adapter_metadata(path: Path, weights: Weights, networks: set[str]) -> dict[str, str]:
-    """What tells alphas: the file's header, or PEFT's config beside it, in the header's form."""
-    beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
-    if weights.metadata.get(ADAPTER_KEY) or not beside.is_file():
-        return weights.metadata
-    config = read_json(beside)
-    return {ADAPTER_KEY: json.dumps({f"{n}.{k}": v for n in networks for k, v in config.items()})}
 
 
 def check_fit(lora: Lora, base: Source, places: dict[Layer, Place]) -> None:

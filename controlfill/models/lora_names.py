@@ -11,15 +11,17 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from controlfill.errors import UserError
+from controlfill.files import read_json
 from controlfill.models.layout_text import full_name
 from controlfill.models.layout_unet import FIXED, RESNET, UnetNames
-from controlfill.models.recognise import NameLayout
+from controlfill.models.recognise import NameLayout, other_method
 
 Tensors = dict[str, Tensor]
 # The key of diffusers' safetensors header that tells alphas and ranks, as JSON.
@@ -39,8 +41,10 @@ DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight", "_lora.
         ".lora_linear_layer.down.weight", ".lora_down.weight")  # fmt: skip
 UP = (".lora_B.weight", ".lora_B.default.weight", ".lora.up.weight", "_lora.up.weight",
       ".lora_linear_layer.up.weight", ".lora_up.weight")  # fmt: skip
-OTHER_METHODS = ("hada_", "lokr_", "lora_mid", "oft_", "dora_scale", "lora_magnitude_vector",
-                 "glora_", ".diff")  # fmt: skip
+# LyCORIS may put a third matrix between the two of a convolution.
+MIDDLE = ".lora_mid.weight"
+# Attention of text encoders in the old names of diffusers, which are the UNet's.
+OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 # Words with underscores of their own, among the underscores that stand for dots.
 WORDS = (
     "down_blocks", "up_blocks", "mid_block", "transformer_blocks", "to_q", "to_k", "to_v",
@@ -96,29 +100,67 @@ def to_kohya(weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None =
     return found
 
 
+class Parts(NamedTuple):
+    """What the tensors of a module's LoRA are called in a file; `middle` lies between the two."""
+
+    down: str
+    up: str
+    alpha: str | None
+    middle: str | None
+
+
 def pairs(weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, float | None]]:
     """The matrices down and up and the alpha of each module, by its diffusers name.
 
     Raises UserError for other methods than LoRA, and for a matrix without its other.
     """
-    odd = next((n for n in weights if any(mark in n for mark in OTHER_METHODS)), None)
-    if odd:
-        raise UserError(
-            f"{odd} belongs to no plain LoRA; LoHa, LoKr, DoRA and their kind are not read"
-        )
     found = {}
-    for name, down in weights.items():
+    for module, parts in find_parts({n: tuple(t.shape) for n, t in weights.items()}).items():
+        middle = None if parts.middle is None else weights[parts.middle]
+        alpha = None if parts.alpha is None else float(weights[parts.alpha])
+        found[module] = (fold(weights[parts.down], middle), weights[parts.up], alpha)
+    return found
+
+
+def fold(down: Tensor, middle: Tensor | None) -> Tensor:
+    """The matrix down (rank, in, k, k) that does what `down` (rank, in, 1, 1) and the k x k
+    convolution `middle` (rank, rank, k, k) do one after the other."""
+    if middle is None:
+        return down
+    folded = torch.einsum("rskl,si->rikl", middle.float(), down.flatten(1).float())
+    return folded.to(down.dtype)
+
+
+def find_parts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Parts]:
+    """What of a file's tensors, given by name, is which part of which module's LoRA.
+
+    Raises UserError for other methods than LoRA, for a matrix without its other, and for what
+    belongs to neither and would be lost.
+    """
+    for name in shapes:
+        if method := other_method(name):
+            raise UserError(f"{name} belongs to no plain LoRA but to {method}, which is not read")
+    found: dict[str, Parts] = {}
+    for name, shape in shapes.items():
         tail = next((t for t in DOWN if name.endswith(t)), None)
         if tail is None:
             continue
         start = name[: -len(tail)]
-        up = weights.get(start + UP[DOWN.index(tail)])
-        if up is None or up.shape[1] != down.shape[0]:
-            raise UserError(f"{name} has no other matrix of its rank {down.shape[0]} beside it")
-        alpha = weights.get(f"{start}.alpha")
-        found[module_name(start)] = (down, up, None if alpha is None else float(alpha))
+        up, middle, alpha = start + UP[DOWN.index(tail)], start + MIDDLE, f"{start}.alpha"
+        if shapes.get(up, (0, 0))[1] != shape[0] or shapes.get(middle, shape)[0] != shape[0]:
+            raise UserError(f"{name} has no other matrix of its rank {shape[0]} beside it")
+        module = module_name(start)
+        if module in found:
+            raise UserError(f"{name} and {found[module].down} are both of {module}")
+        found[module] = Parts(
+            name, up, alpha if alpha in shapes else None, middle if middle in shapes else None
+        )
     if not found:
         raise UserError("no LoRA is found: no tensor is called .lora_A.weight or .lora_down.weight")
+    used = {name for parts in found.values() for name in parts}
+    odd = next((n for n in shapes if n not in used and not n.endswith(".alpha")), None)
+    if odd:
+        raise UserError(f"{odd} is no part of a plain LoRA, and would be lost")
     return found
 
 
@@ -128,15 +170,21 @@ def module_name(start: str) -> str:
         if start.startswith(prefix):
             inner = ".".join(TOKEN.findall(start[len(prefix) :]))
             return f"{part}.{diffusers_unet(inner) if part == UNET else inner}"
-    start = start.removeprefix("base_model.model.")
     # diffusers once kept LoRAs in attention processors.
-    start = re.sub(r"\.processor\.(to_q|to_k|to_v)$", r".\1", start)
-    start = re.sub(r"\.processor\.to_out$", ".to_out.0", start)
+    start = start.removeprefix("base_model.model.").replace(".processor.", ".")
     part, _, inner = start.partition(".")
     if part not in (UNET, *TWO):
         text = full_name(start).startswith("text_model.")
         part, inner = ("text_encoder", start) if text else (UNET, start)
-    return f"{part}.{inner if part == UNET else full_name(inner)}"
+    return f"{part}.{current_layer(inner, part == UNET)}"
+
+
+def current_layer(layer: str, of_unet: bool) -> str:
+    """What a layer is called now of which an old file may name no more than the kind."""
+    if of_unet:
+        return re.sub(r"\.to_out$", ".to_out.0", layer)
+    rest, _, kind = layer.rpartition(".")
+    return full_name(f"{rest}.{OLD_TEXT[kind]}" if kind in OLD_TEXT else layer)
 
 
 def diffusers_unet(module: str) -> str:
@@ -199,6 +247,15 @@ def read_alphas(metadata: Mapping[str, str]) -> Any:
         return found if found is not None else told.get(f"{part}.lora_alpha", rank)
 
     return alpha
+
+
+def adapter_metadata(path: Path, metadata: dict[str, str], networks: set[str]) -> dict[str, str]:
+    """What tells alphas of the LoRA at `path`: its header, or PEFT's config beside it as one."""
+    beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
+    if metadata.get(ADAPTER_KEY) or not beside.is_file():
+        return metadata
+    config = read_json(beside)
+    return {ADAPTER_KEY: json.dumps({f"{n}.{k}": v for n in networks for k, v in config.items()})}
 
 
 def rooted(metadata: Mapping[str, str], module: str, rank: int) -> float:

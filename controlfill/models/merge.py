@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from controlfill.errors import UserError
-from controlfill.models.bundle import INPAINT_CHANNELS
+from controlfill.models.configs import INPAINT_CHANNELS, PLAIN_CHANNELS
 from controlfill.models.lora_bake import bake_loras
 from controlfill.models.lora_extract import extract_lora
 from controlfill.models.merge_blocks import BASE, find_blocks, read_block_alphas
@@ -37,7 +37,6 @@ from controlfill.options import check_numbers
 from controlfill.options.models import MergeOptions
 
 Read = Callable[[int], Tensor]
-PLAIN_CHANNELS = 4
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # Buffers that some versions of the libraries save and others don't.
 BUFFERS = ("position_ids", "logit_scale")
@@ -72,6 +71,7 @@ def combine(options: MergeOptions, report: Report) -> Merged:
         like = sources[0]
         check_out(like, options.out)
         taking = find_merged(sources, options.parts)
+        prediction = find_prediction(sources) if "unet" in options.parts else None
         shares = Shares(options, like)
         shares.check(sources, taking)
         shapes = {}
@@ -88,7 +88,11 @@ def combine(options: MergeOptions, report: Report) -> Merged:
             options.method, **shares.about(), parts=list(options.parts), dtype=options.dtype,
             models=[source.about(options.parts, report) for source in sources],
         )  # fmt: skip
-        write_draft(Draft(like=like, shapes=shapes, make=make, recipe=recipe), options.out, report)
+        draft = Draft(
+            like=like, shapes=shapes, make=make, recipe=recipe,
+            prediction=prediction,
+        )  # fmt: skip
+        write_draft(draft, options.out, report)
     what = f"{len(taking)} of {len(shapes)} tensors merged, the others are those of A"
     return Merged(path=options.out, what=what)
 
@@ -257,18 +261,30 @@ def check_pair(like: Source, other: Source, letter: str, parts: Sequence[str]) -
 
 
 def check_family(like: Source, other: Source, where: str) -> None:
-    """Raise UserError unless two UNets read the same text and predict the same."""
+    """Raise UserError unless two UNets read the same text."""
     first = f"A ({like.path})"
     if like.text_width != other.text_width:
         raise UserError(
             f"{first} takes prompts of width {like.text_width}, {where} of {other.text_width}: "
             "models of different families (SD 1.x 768, SD 2 1024, SDXL 2048) don't merge"
         )
-    if like.prediction and other.prediction and like.prediction != other.prediction:
-        raise UserError(
-            f"{first} predicts {like.prediction}, {where} {other.prediction}; their weights mean "
-            "different things and don't merge"
-        )
+
+
+def find_prediction(sources: Sequence[Source]) -> str | None:
+    """What the UNets predict, by those that say it. Raises UserError where they say two things."""
+    told = [
+        (f"{letter} ({source.path})", source.prediction)
+        for letter, source in zip(LETTERS, sources, strict=False)
+        if source.prediction
+    ]
+    for where, prediction in told:
+        if prediction != told[0][1]:
+            raise UserError(
+                f"{told[0][0]} predicts {told[0][1]}, {where} {prediction}; their weights mean "
+                "different things and don't merge (`controlfill convert` with --prediction_type "
+                "makes a file that says what it predicts)"
+            )
+    return told[0][1] if told else None
 
 
 def check_shapes(name: str, shapes: Sequence[tuple[int, ...]]) -> None:

@@ -8,6 +8,7 @@ mean the same here.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -73,10 +74,11 @@ def read_block_alphas(text: str, blocks: dict[str, str]) -> dict[str, float]:
     for key, value in values.items():
         if str(key) not in known:
             raise UserError(f"--block_alphas: {key} is no block; there are: {', '.join(known)}")
+        number = as_number(value, str(key))
         # What names a single block wins over a group that it lies in.
         for block in known[str(key)]:
             if len(known[str(key)]) == 1 or block not in alphas:
-                alphas[block] = as_number(value, str(key))
+                alphas[block] = number
     return alphas
 
 
@@ -85,6 +87,11 @@ def read_values(text: str) -> list[Any] | dict[Any, Any]:
     import yaml
 
     path = Path(text)
+    if not text.strip():
+        raise UserError(
+            "--block_alphas is empty; give numbers with commas, or a YAML file of `block: alpha` "
+            "lines"
+        )
     if path.suffix not in (".yaml", ".yml"):
         return [part.strip() for part in text.split(",")]
     try:
@@ -99,21 +106,28 @@ def read_values(text: str) -> list[Any] | dict[Any, Any]:
 
 def from_list(values: list[Any], order: list[str]) -> dict[str, float]:
     """The alphas of a list: all blocks, or all but BASE."""
-    if len(values) not in (len(order), len(order) - 1):
+    named = order[len(order) - len(values) :]
+    fits = len(values) in (len(order), len(order) - 1)
+    where = named if fits else [f"number {place + 1}" for place in range(len(values))]
+    numbers = [as_number(value, place) for value, place in zip(values, where, strict=True)]
+    if not fits:
         raise UserError(
             f"--block_alphas has {len(values)} numbers; this UNet takes {len(order)} ("
             f"{order[0]}, {order[1]} to {order[-1]}), or {len(order) - 1} without {BASE}"
         )
-    named = order[len(order) - len(values) :]
-    return {b: as_number(v, b) for b, v in zip(named, values, strict=True)}
+    return dict(zip(named, numbers, strict=True))
 
 
 def as_number(value: Any, where: str) -> float:
-    """`value` as a number. Raises UserError that names `where`."""
+    """`value` as a finite number. Raises UserError that names `where`."""
     try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--block_alphas: {where} is {value!r}, which is no number") from error
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number):
+        seen = repr(value) if value not in ("", None) else "empty"
+        raise UserError(f"--block_alphas: {where} is {seen}; give a finite number, such as 0.5")
+    return number
 
 
 def block_order(found: Iterable[str]) -> list[str]:

@@ -22,10 +22,16 @@ from torch import Tensor
 from controlfill.errors import UserError
 from controlfill.files import check_empty, read_json, write_folder, write_json
 from controlfill.models import embedded
-from controlfill.models.bundle import INPAINT_CHANNELS
-from controlfill.models.configs import told_prediction
+from controlfill.models.configs import (
+    INPAINT_CHANNELS,
+    SPEC_KEY,
+    SPECS,
+    marked_prediction,
+    told_prediction,
+)
 from controlfill.models.controlnet import own_version
 from controlfill.models.formats import CONFIGS_KEY, own_config, without_prefix
+from controlfill.models.glid import with_channels
 from controlfill.models.layout import too_large
 from controlfill.models.recognise import recognise
 from controlfill.models.weights import SHARDS, Shapes, Weights, find_weights, open_weights
@@ -116,6 +122,8 @@ class Source:
         if self._lone_part() == "unet":
             names = "diffusers'" if "conv_in.weight" in self else "the original"
             return f"a UNet with {names} names"
+        if recognise(*self.files.values()).kind == "lora":
+            return "a LoRA, which goes into a model with --method lora --loras"
         return {"vae": "a VAE", "text_encoder": "a text encoder"}.get(
             self._lone_part(), "a file of unknown kind"
         )
@@ -153,12 +161,19 @@ class Source:
 
 
 def file_prediction(weights: Weights, is_original: bool) -> str | None:
-    """What the UNet of a single file predicts, by its header, a mark or SD 2's bias."""
+    """What the UNet of a single file predicts, by its header, a mark or SD 2's bias.
+
+    A whole checkpoint that says nothing is taken for what nearly all predict, epsilon; a UNet alone
+    is not, for the tools that write those leave the marks out.
+    """
     told = (own_config(weights, "scheduler") or {}).get("prediction_type")
-    if told or not is_original:
-        return told or ("v_prediction" if "v_pred" in weights else None)
+    if told:
+        return told
     what = recognise(weights)
-    return told_prediction(weights, without_prefix(weights, what.prefix), what.family)
+    view = without_prefix(weights, what.prefix)
+    if what.kind == "checkpoint":
+        return told_prediction(weights, view, what.family)
+    return marked_prediction(weights, view, what.family if is_original else "")
 
 
 def plain(name: str) -> str:
@@ -269,6 +284,8 @@ class Draft:
     shapes: Shapes
     make: Callable[[str], Tensor]
     recipe: str
+    # What the UNet predicts, by any of the models.
+    prediction: str | None = None
 
     @property
     def is_widened(self) -> bool:
@@ -308,6 +325,8 @@ def write_draft(draft: Draft, out: Path, report: Report) -> None:
     def write(where: str, file: Path) -> None:
         shapes = {n.removeprefix(f"{where}/"): draft.shapes[n] for n in names_in(draft, where)}
         about = kept_metadata(like.files[where].metadata, draft.is_widened)
+        if draft.prediction and not like.is_pipeline and not like.prediction:
+            about |= {SPEC_KEY: SPECS.get(draft.prediction, draft.prediction)}
         write_file(file, shapes, tensors(where), about | {RECIPE_KEY: draft.recipe})
 
     like = draft.like
@@ -344,11 +363,7 @@ def copy_small(draft: Draft, folder: Path) -> None:
 def kept_metadata(metadata: dict[str, str], is_widened: bool) -> dict[str, str]:
     """What A's header says that is true of the result too."""
     about = {key: metadata[key] for key in KEPT_KEYS if key in metadata}
-    if is_widened and CONFIGS_KEY in about:
-        configs = json.loads(about[CONFIGS_KEY])
-        configs["unet"] = configs.get("unet", {}) | {"in_channels": INPAINT_CHANNELS}
-        about[CONFIGS_KEY] = json.dumps(configs)
-    return about
+    return with_channels(about, INPAINT_CHANNELS) if is_widened else about
 
 
 def describe_inpaint(folder: Path, unet: str) -> None:
@@ -375,7 +390,7 @@ LONE_MARKS = {
     "time_embedding.linear_1.weight": "unet", "time_embed.0.weight": "unet",
     "decoder.conv_in.weight": "vae", "embeddings.token_embedding.weight": "text_encoder",
 }  # fmt: skip
-KEPT_KEYS = (CONFIGS_KEY, "modelspec.prediction_type", "modelspec.resolution")
+KEPT_KEYS = (CONFIGS_KEY, SPEC_KEY, "modelspec.resolution")
 INPAINT_PIPELINES = {
     "StableDiffusionPipeline": "StableDiffusionInpaintPipeline",
     "StableDiffusionXLPipeline": "StableDiffusionXLInpaintPipeline",

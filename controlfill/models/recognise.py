@@ -26,7 +26,17 @@ TEXTS = (
     # SD 2.1 Turbo has SD 2's encoder under the names of SDXL's tools.
     ("conditioner.embedders.0.model.", "text_encoder", True),
 )
-LORA_MARKS = (".lora_down.", ".lora_A.", ".lora.down.", ".lora_linear_layer.down.", ".lora_up.")
+LORA_MARKS = (
+    ".lora_down.", ".lora_A.", ".lora.down.", "_lora.down.", ".lora_linear_layer.down.",
+    ".lora_up.",
+)  # fmt: skip
+# What is trained beside a base like a LoRA, and is none: parts of the names of its tensors.
+OTHER_METHODS = {
+    "hada_": "a LoHa", "lokr_": "a LoKr", "dora_scale.": "a DoRA",
+    "lora_magnitude_vector": "a DoRA", "oft_": "an OFT", "a1.weight.": "a GLoRA",
+    "on_input.": "an IA3", "diff.": "differences of whole weights",
+    "w_norm.": "a LyCORIS of norms", "to_k_ip.": "an IP-Adapter",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,13 +51,21 @@ class What:
 
 def recognise(weights: Weights) -> What:
     """What `weights` are; kind `unknown` where no mark is found."""
-    if any(mark in name for name in weights.names for mark in LORA_MARKS):
+    if any(mark in n for n in weights.names for mark in LORA_MARKS) or any(
+        other_method(name) for name in weights.names
+    ):
         kohya = any(name.startswith(("lora_unet_", "lora_te")) for name in weights.names)
         return What("lora", "kohya" if kohya else "diffusers", lora_family(weights))
     for mark, what in MARKS.items():
         if mark in weights:
             return _complete(weights, what)
     return What("unknown", "diffusers")
+
+
+def other_method(name: str) -> str | None:
+    """The method, no LoRA, that a tensor of this name is of; None for other tensors."""
+    found = (what for mark, what in OTHER_METHODS.items() if f".{mark}" in f"{name}.")
+    return next(found, None)
 
 
 def _complete(weights: Weights, what: What) -> What:

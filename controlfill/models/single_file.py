@@ -24,14 +24,15 @@ def load_checkpoint(
     """The parts of a checkpoint in one file, by their names in a diffusers pipeline.
 
     `unet`, `vae`, `text_encoder` and `tokenizer` (SDXL: also `text_encoder_2`, `tokenizer_2`), in
-    the file's number format, and the config of the `scheduler`. Raises UserError.
+    the file's number format, the config of the `scheduler`, and the class of the `pipeline`. Raises
+    UserError.
     """
     model = open_model(path, told)
     if model.kind != "checkpoint":
         raise UserError(f"{path} is a {model.kind}, no whole checkpoint to start from")
     parts: dict[str, Any] = {**find_tokenizers(model, tokenizer, path)}
     parts |= {part: load_part(model, part) for part in model.parts}
-    return parts | {"scheduler": model.configs["scheduler"]}
+    return parts | {"scheduler": model.configs["scheduler"], "pipeline": model.pipeline}
 
 
 def find_tokenizers(model: Model, told: str | None, source: Path) -> Tokenizers:
@@ -84,8 +85,9 @@ def _load(cls: Any, where: str, pads_otherwise: bool = False) -> CLIPTokenizer:
         if len(tokenizer) >= LEAST_WORDS:
             return tokenizer
     raise UserError(
-        f"a single file holds no tokenizer, and {where} can't be loaded ({reason}); give "
-        "--tokenizer, the folder of a CLIP tokenizer or of any Stable Diffusion"
+        f"a single file holds no tokenizer, and {where} can't be loaded ({reason}); put "
+        "its folder `tokenizer` beside it, or run `controlfill convert` with --tokenizer, the "
+        "folder of a CLIP tokenizer or of any Stable Diffusion"
     )
 
 
@@ -93,5 +95,6 @@ def _check_words(tokenizer: CLIPTokenizer, most: int, told: str | None) -> None:
     if len(tokenizer) > most:
         raise UserError(
             f"the tokenizer {told or USUAL} has {len(tokenizer)} words, the text encoder {most}; "
-            "give --tokenizer, the one it was trained with"
+            "put the folder `tokenizer` that it was trained with beside it, or run `controlfill "
+            "convert` with that as --tokenizer"
         )

@@ -198,14 +198,19 @@ def open_weights(path: Path) -> Weights:
 def find_weights(folder: Path) -> Path:
     """The weights file in a folder of one network. Raises UserError when there is none or many."""
     for stem in ("diffusion_pytorch_model", "model", "pytorch_lora_weights", "pytorch_model"):
-        for tail in TAILS:
-            if (folder / f"{stem}{tail}").is_file():
-                return folder / f"{stem}{tail}"
+        if file := stem_file(folder, stem):
+            return file
     found = sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".sft"))
     if len(found) == 1:
         return found[0]
     seen = ", ".join(p.name for p in found[:3]) if found else "no weights"
     raise UserError(f"{folder} should hold the weights of one network; it holds {seen}")
+
+
+def stem_file(folder: Path, stem: str) -> Path | None:
+    """The first file in a folder that is called `stem` with one of TAILS; None without any."""
+    files = (folder / f"{stem}{tail}" for tail in TAILS)
+    return next((file for file in files if file.is_file()), None)
 
 
 def check_safetensors(file: Path) -> None:

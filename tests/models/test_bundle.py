@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from controlfill.errors import UserError
-from controlfill.models.bundle import current_name, find_base, load_bundle
+from controlfill.models.bundle import current_name, find_base, is_half, load_bundle
 from controlfill.models.convert import convert
 from controlfill.models.text import Recent
 from controlfill.options import ConvertOptions
@@ -39,6 +39,19 @@ def test_folders_with_only_half_precision_files_load(narrow_base, tmp_path):
         file.rename(file.with_suffix(".fp16.safetensors"))
     whole, half = load_bundle(str(narrow_base)), load_bundle(str(folder))
     assert torch.equal(whole.unet.conv_in.weight, half.unet.conv_in.weight)
+
+
+@pytest.mark.parametrize(
+    ("names", "half"),
+    [("w.safetensors w.fp16.safetensors", False), ("w.fp16.safetensors w.bin", True), ("", False),
+     ("w.bin w.fp16.bin", False), ("w.fp16.bin", True), ("w.non_ema.safetensors w.fp16.bin", True),
+     ("w.fp16-00001-of-00002.safetensors w.safetensors.index.fp16.json", True),
+     ("w-00001-of-00002.safetensors w.fp16.safetensors", False)],
+)  # fmt: skip
+def test_half_precision_is_read_where_there_is_no_other(names, half, tmp_path):
+    for name in names.split():
+        (tmp_path / name).touch()
+    assert is_half(tmp_path) == half
 
 
 @pytest.mark.parametrize("name", ["stable-diffusion-v1-5", "stable-diffusion-inpainting"])

@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_headers_come_back(saved):
         assert module.read_control_header(file) == HEADER
 
 
-@pytest.mark.parametrize("how", ["folder", "single", "run", "foreign", "pth"])
+@pytest.mark.parametrize("how", ["folder", "single", "run", "half", "bin", "foreign", "pth"])
 def test_weights_load_from_everywhere(how, saved, pipe, tmp_path):
     folder, network = saved
     where = {"folder": folder, "single": folder / "controlnet.safetensors", "run": folder.parent}
@@ -70,17 +71,24 @@ def test_weights_load_from_everywhere(how, saved, pipe, tmp_path):
         save = torch.save if how == "pth" else save_file
         save(network.state_dict(), where[how])
         assert module.read_control_header(where[how]) is None
+    if how in ("half", "bin"):
+        where[how] = copytree(folder, tmp_path / "controlnet")
+        (tmp_path / "controlnet" / module.SINGLE).unlink()
+        file = tmp_path / "controlnet" / module.WEIGHTS
+        if how == "half":
+            file.rename(file.with_suffix(".fp16.safetensors"))
+        else:
+            torch.save(network.state_dict(), file.with_suffix(".bin"))
+            file.unlink()
     loaded = module.load_controlnet(module.find_controlnet(str(where[how])), pipe.bundle, 3)
     assert torch.equal(loaded.conv_in.weight, network.conv_in.weight)
     assert loaded.controlnet_cond_embedding.conv_in.weight.shape[1] == 3
 
 
 def test_a_run_gives_its_newest_checkpoint(saved, tmp_path):
-    import shutil
-
     for step in (5, 40, 300):
-        shutil.copytree(saved[0], tmp_path / f"checkpoint-{step}")
-    shutil.copytree(saved[0], tmp_path / "checkpoint-301-old")
+        copytree(saved[0], tmp_path / f"checkpoint-{step}")
+    copytree(saved[0], tmp_path / "checkpoint-301-old")
     assert module.find_controlnet(str(tmp_path)).parent.name == "checkpoint-300"
 
 
@@ -140,5 +148,9 @@ def test_what_does_not_fit_is_refused(saved, pipe, narrow_base, tmp_path):
 def test_missing_weights_are_named(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         module.find_controlnet(str(tmp_path / "none"))
-    with pytest.raises(UserError, match="holds no ControlNet"):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(
+        UserError, match=r"holds no ControlNet: .* it holds notes\.txt; name the"
+    ) as e:
         module.find_controlnet(str(tmp_path))
+    assert "\n" not in str(e.value)

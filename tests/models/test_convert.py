@@ -5,6 +5,7 @@ import re
 import struct
 import subprocess
 import sys
+from shutil import copytree
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from safetensors.torch import save_file
 from controlfill.cli import run
 from controlfill.data.hints import HINTS
 from controlfill.errors import UserError
+from controlfill.models import configs, glid
 from controlfill.models import controlnet as controls
 from controlfill.models.bundle import load_bundle
 from controlfill.models.controlnet import Header, load_controlnet, read_control_header
 from controlfill.models.convert import convert, find_source
-from controlfill.models.formats import open_model
+from controlfill.models.formats import Told, open_model
 from controlfill.models.layout import Cast, InMemory
 from controlfill.models.lora_names import ADAPTER_KEY
 from controlfill.models.recognise import recognise
@@ -93,6 +95,7 @@ def test_one_file_is_loaded_as_the_folder_is(narrow, tmp_path):
     parts = load_checkpoint(file, tokenizer=str(base))
     assert parts.keys() == {
         "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler",
+        "pipeline",
     }  # fmt: skip
     for part, weights in open_model(base).parts.items():
         state = {controls_name(n): t for n, t in parts[part].state_dict().items()}
@@ -165,7 +168,9 @@ def test_controlnets_of_other_tools_are_loaded(layout, suffix, control, tmp_path
     assert all(torch.equal(loaded[name], t) for name, t in network.state_dict().items())
     # Without a bundle, a narrow one's heads must be told.
     if layout != "diffusers":
-        with pytest.raises(UserError, match="is of no release.*--config_from"):
+        with pytest.raises(
+            UserError, match="is of no release.*`controlfill convert` .* --config_from"
+        ):
             convert(ConvertOptions(source=file, out=tmp_path / "back"))
     convert(ConvertOptions(source=file, out=tmp_path / "told", config_from=folder))
     assert same(open_model(folder), open_model(tmp_path / "told"))
@@ -179,8 +184,6 @@ def test_controlnets_of_another_base_are_named(control, pipe, tmp_path):
 
 
 def test_averaged_weights_are_meant_where_there_are_any(control, tmp_path):
-    from shutil import copytree
-
     folder, network, _ = control
     copytree(folder, tmp_path / "checkpoint-5")
     zeros = {n: torch.zeros_like(t) for n, t in network.state_dict().items()}
@@ -194,8 +197,6 @@ def test_averaged_weights_are_meant_where_there_are_any(control, tmp_path):
 
 
 def test_what_a_merge_says_travels(narrow, tmp_path):
-    from shutil import copytree
-
     base = tmp_path / "base"
     copytree(narrow("sd15", 4), base)
     unet = base / "unet" / "diffusion_pytorch_model.safetensors"
@@ -363,20 +364,52 @@ def test_numbers_too_large_for_a_format_are_refused(tmp_path):
 
 
 def test_eight_channels_keep_what_they_are_for(narrow, tmp_path):
-    from shutil import copytree
+    from diffusers import StableDiffusionInstructPix2PixPipeline
 
-    base = tmp_path / "base"
+    base, file = tmp_path / "base", tmp_path / "x.safetensors"
     copytree(narrow("sd15", 8), base)
     index = json.loads((base / "model_index.json").read_text())
-    for name in ("StableDiffusionPipeline", "StableDiffusionInstructPix2PixPipeline"):
+    pix2pix = StableDiffusionInstructPix2PixPipeline.__name__
+    for name in ("StableDiffusionPipeline", pix2pix):
         (base / "model_index.json").write_text(json.dumps(index | {"_class_name": name}))
-        convert(ConvertOptions(source=base, out=tmp_path / name))
-        made = json.loads((tmp_path / name / "model_index.json").read_text())
-        assert made["_class_name"] == name
-    file, back = tmp_path / "x.safetensors", tmp_path / "back"
-    convert(ConvertOptions(source=narrow("sd15", 8), out=file))
-    convert(ConvertOptions(source=file, out=back, tokenizer=str(base)))
-    assert load_bundle(str(back), inpainting=True).is_glid
+        file.unlink(missing_ok=True)
+        convert(ConvertOptions(source=base, out=file))
+        assert open_model(file).pipeline == open_model(base).pipeline == name
+    convert(ConvertOptions(source=file, out=tmp_path / "back", tokenizer=str(base)))
+    pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "back")
+    assert pipe.unet.config.in_channels == 8
+    assert (
+        json.loads((tmp_path / "back" / "model_index.json").read_text())["_class_name"] == pix2pix
+    )
+    (base / "tokenizer").rename(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match=f"is a {pix2pix}, whose UNet of 8 channels fills no"):
+        load_bundle(str(file), inpainting=True)
+    joined = tmp_path / "joined.safetensors"
+    glid.join(file, narrow("sd15", 8) / "unet", joined)
+    assert open_model(joined).pipeline == "StableDiffusionPipeline"
+    # Of files that say nothing, InstructPix2Pix's are by far the most.
+    read = open_weights(file)
+    save_file({name: read[name] for name in read.names}, tmp_path / "untold.safetensors")
+    untold = open_model(tmp_path / "untold.safetensors", Told(config_from=base))
+    assert untold.pipeline == pix2pix
+    assert "is taken for InstructPix2Pix's" in untold.notes[0]
+    wide = configs.pipeline_class(configs.PAIR_CHANNELS, two=True)
+    assert wide == "StableDiffusionXLInstructPix2PixPipeline"
+
+
+def test_unets_alone_say_what_they_predict_when_told(narrow, tmp_path):
+    unet, file = narrow("sd15", 4) / "unet", tmp_path / "v.safetensors"
+    convert(ConvertOptions(source=unet, out=file, prediction_type="v_prediction"))
+    assert open_weights(file).metadata["modelspec.prediction_type"] == "v"
+    convert(ConvertOptions(source=file, out=tmp_path / "back"))
+    assert open_weights(tmp_path / "back").metadata["modelspec.prediction_type"] == "v"
+    convert(ConvertOptions(source=unet, out=tmp_path / "untold.safetensors"))
+    assert "modelspec.prediction_type" not in open_weights(tmp_path / "untold.safetensors").metadata
+    save_file(lora_of(alpha=1)[0], tmp_path / "lora.safetensors")
+    for source in (narrow("sd15", 4) / "vae", tmp_path / "lora.safetensors"):
+        options = {"source": source, "out": tmp_path / "x.safetensors"}
+        with pytest.raises(UserError, match="--prediction_type is for checkpoints and UNets; this"):
+            convert(ConvertOptions(**options, prediction_type="v_prediction"))
 
 
 def test_epsilon_takes_the_marks_of_v_away(narrow, tmp_path):
@@ -399,11 +432,12 @@ def test_epsilon_takes_the_marks_of_v_away(narrow, tmp_path):
         made = open_weights(tmp_path / f"v{number}.safetensors")
         assert "v_pred" in made
         assert made.metadata["modelspec.prediction_type"] == "v"
+        # As a base such a file predicts v, also where nothing else is told in it.
+        model = open_model(tmp_path / f"v{number}.safetensors", Told(config_from=base))
+        assert model.configs["scheduler"]["prediction_type"] == "v_prediction"
 
 
 def test_a_file_that_is_there_is_not_lost(narrow, tmp_path):
-    from shutil import copytree
-
     base = tmp_path / "base"
     copytree(narrow("sd15", 4), base)
     (tmp_path / "there.safetensors").write_bytes(b"old")
@@ -429,7 +463,10 @@ def test_what_cannot_be_written_is_refused_before_anything_is(narrow, tmp_path, 
         ({"out": tmp_path / "d", "layout": "original"}, "--layout original is one file"),
         ({"out": tmp_path / "d.safetensors", "layout": "diffusers"}, "has original names"),
         ({"out": tmp_path / "d", "source": file, "tokenizer": "none"}, "none can't be loaded"),
-        ({"out": tmp_path / "d", "source": file, "tokenizer": "a/b"}, "holds no tokenizer"),
+        (
+            {"out": tmp_path / "d", "source": file, "tokenizer": "a/b"},
+            "holds no tokenizer, .*put its folder `tokenizer` beside it, or run `controlfill conv",
+        ),
         ({"out": tmp_path / "d", "source": tmp_path / "none"}, "does not exist"),
     ]:
         with pytest.raises(UserError, match=words) as caught:

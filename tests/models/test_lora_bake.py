@@ -4,18 +4,23 @@ import json
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from controlfill.errors import UserError
 from controlfill.files import read_header
+from controlfill.models.bundle import load_bundle
+from controlfill.models.convert import convert
 from controlfill.models.layout_text import full_name
+from controlfill.models.lora import find_lora, fuse_lora
 from controlfill.models.lora_names import to_kohya
 from controlfill.models.merge import merge
 from controlfill.models.merge_sources import RECIPE_KEY
 from controlfill.models.weights import open_weights, write_weights
-from controlfill.options import MergeOptions
+from controlfill.options import ConvertOptions, MergeOptions
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 # Linear layers, a convolution of 1 x 1 and of 3 x 3 with and without stride, the time embedding.
@@ -112,8 +117,6 @@ def test_kohya_loras_are_merged_the_same(narrow, trained, tmp_path):
 
 
 def test_a_peft_folder_is_read_with_its_config(narrow, tmp_path):
-    from diffusers import UNet2DConditionModel
-
     unet = UNet2DConditionModel.from_pretrained(narrow("sd15") / "unet")
     config = LoraConfig(r=4, lora_alpha=6, target_modules=["to_k"], use_rslora=True)
     add_adapter(unet, config, 3)
@@ -126,6 +129,33 @@ def test_a_peft_folder_is_read_with_its_config(narrow, tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps(config.to_dict(), default=list))
     out = bake(narrow("sd15") / "unet", folder, out=tmp_path / "out")
     close(load_file(out / "diffusion_pytorch_model.safetensors"), fused(unet))
+
+
+def test_old_loras_of_diffusers_are_read_wherever_a_lora_is(narrow, tmp_path):
+    """Names of attention processors in a pickle: baked in, put into a base, and converted."""
+    base, file = narrow("sd15"), tmp_path / "pytorch_lora_weights.bin"
+    bundle = load_bundle(str(base))
+    state = {
+        f"unet.{name.removesuffix('.0.weight').removesuffix('.weight')}_lora.{way}.weight".replace(
+            ".to_", ".processor.to_"
+        ): 0.1 * torch.randn((2, w.shape[1]) if way == "down" else (w.shape[0], 2))
+        for name, w in bundle.unet.state_dict().items()
+        if name.endswith((".to_q.weight", ".to_out.0.weight")) for way in ("down", "up")
+    }  # fmt: skip
+    assert (
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight"
+        in state
+    )
+    torch.save(state, file)
+    theirs = UNet2DConditionModel.from_pretrained(base / "unet")
+    StableDiffusionLoraLoaderMixin.load_lora_into_unet(dict(state), None, theirs)
+    wanted = fused(theirs)
+    close(load_file(bake(base, file, out=tmp_path / "out") / UNET_FILE), wanted)
+    fuse_lora(bundle, *find_lora(str(tmp_path)))
+    close(bundle.unet.state_dict(), wanted)
+    kohya = tmp_path / "kohya.safetensors"
+    convert(ConvertOptions(source=file, out=kohya))
+    assert len(load_file(kohya)) == 3 * len(state) // 2
 
 
 def test_several_loras_add_up_with_their_scales(narrow, trained, tmp_path):

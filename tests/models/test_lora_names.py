@@ -8,6 +8,10 @@ from diffusers.loaders.lora_conversion_utils import (
     _convert_non_diffusers_lora_to_diffusers,
     _maybe_map_sgm_blocks_to_diffusers,
 )
+from diffusers.utils.state_dict_utils import (
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
 from narrow import make_unet
 
 from controlfill.errors import UserError
@@ -177,6 +181,56 @@ def test_other_names_that_are_read(name, meant):
     assert list(from_kohya(made)) == [f"{meant}.lora_A.weight", f"{meant}.lora_B.weight"]
 
 
+def test_attention_processors_of_old_files_are_read_as_diffusers_does():
+    """`to_out_lora` is a layer's first in the UNet, and `out_proj` in a text encoder."""
+    layers = {"unet": "down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor",
+              "text_encoder": "text_model.encoder.layers.3.self_attn"}  # fmt: skip
+    old, theirs = {}, {}
+    for part, layer in layers.items():
+        convert = convert_unet_state_dict_to_peft if part == "unet" else convert_state_dict_to_peft
+        own = {f"{layer}.to_{x}_lora.{way}.weight": torch.randn(3, 3)
+               for x in ("q", "k", "v", "out") for way in ("down", "up")}  # fmt: skip
+        old |= {f"{part}.{name}": tensor for name, tensor in own.items()}
+        theirs |= {f"{part}.{name}": tensor for name, tensor in convert(own).items()}
+    assert recognise(InMemory(old)).kind == "lora"
+    read = from_kohya(old)
+    assert read.keys() == theirs.keys()
+    assert all(read[name] is theirs[name] for name in theirs)
+    # Their scale is 1: alpha is the rank.
+    alphas = [float(tensor) for name, tensor in to_kohya(old).items() if name.endswith(".alpha")]
+    assert alphas == [3.0] * 8
+    # UNets saved alone have no prefix.
+    bare = {n.removeprefix("unet."): t for n, t in old.items() if n.startswith("unet.")}
+    assert from_kohya(bare).keys() == {name for name in read if name.startswith("unet.")}
+
+
+def test_convolutions_of_three_matrices_are_folded_into_two():
+    stem, x = "lora_unet_mid_block_resnets_0_conv1", torch.randn(1, 5, 6, 6)
+    down, middle, up = torch.randn(4, 5, 1, 1), torch.randn(4, 4, 3, 3), torch.randn(7, 4, 1, 1)
+    made = {f"{stem}.lora_down.weight": down, f"{stem}.lora_mid.weight": middle,
+            f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(4.0)}  # fmt: skip
+    ((first, second, alpha),) = pairs(made).values()
+    conv = torch.nn.functional.conv2d
+    wanted = conv(conv(conv(x, down), middle, padding=1), up)
+    torch.testing.assert_close(conv(conv(x, first, padding=1), second), wanted, rtol=0, atol=1e-4)
+    assert alpha == 4
+    with pytest.raises(UserError, match="has no other matrix of its rank 4"):
+        pairs(made | {f"{stem}.lora_mid.weight": torch.randn(2, 4, 3, 3)})
+
+
+@pytest.mark.parametrize(
+    ("tail", "method"),
+    [("hada_w1_a", "a LoHa"), ("lokr_w1", "a LoKr"), ("dora_scale", "a DoRA"),
+     ("oft_blocks", "an OFT"), ("on_input", "an IA3"), ("diff", "differences of whole weights"),
+     ("lora_magnitude_vector.weight", "a DoRA"), ("a1.weight", "a GLoRA")],
+)  # fmt: skip
+def test_other_methods_are_named(tail, method):
+    weights = {f"lora_unet_mid_block_attentions_0_proj_in.{tail}": torch.ones(2, 3)}
+    assert recognise(InMemory(weights)).kind == "lora"
+    with pytest.raises(UserError, match=f"no plain LoRA but to {method}, which is not read"):
+        pairs(weights)
+
+
 def test_what_is_no_lora_is_one_line():
     down, up = "lora_unet_conv_in.lora_down.weight", "lora_unet_conv_in.lora_up.weight"
     two = torch.ones(2, 3)
@@ -185,6 +239,11 @@ def test_what_is_no_lora_is_one_line():
         ({down: two}, "has no other matrix of its rank 2"),
         ({down: two, up: torch.ones(3, 5)}, "has no other matrix of its rank 2"),
         ({"conv_in.weight": two}, "no LoRA is found"),
+        # What a checkpoint is called must be no mark of another method.
+        ({"model.diffusion_model.out.2.weight": two}, "no LoRA is found"),
+        ({down: two, up: two.T, "bundle_emb.x": two}, "bundle_emb.x is no part of a plain LoRA"),
+        ({down: two, up: two.T, "unet.conv_in.lora_A.weight": two,
+          "unet.conv_in.lora_B.weight": two.T}, "are both of unet.conv_in"),
         ({down.replace("conv_in", "input_blocks_11_1_proj_in"): two,
           up.replace("conv_in", "input_blocks_11_1_proj_in"): two.T}, "is no layer of SDXL"),
     ]:  # fmt: skip

@@ -16,6 +16,7 @@ from controlfill.files import read_header
 from controlfill.models import merge_sources
 from controlfill.models.bundle import load_bundle
 from controlfill.models.convert import convert
+from controlfill.models.layout import InMemory
 from controlfill.models.layout_unet import unet_rows
 from controlfill.models.merge import add_difference, merge, weighted_sum
 from controlfill.models.merge_blocks import find_blocks
@@ -374,7 +375,11 @@ def test_formulas_read_what_they_need_only():
         ("abc", {"alpha": float("nan")}, "finite numbers"),
         ("ab", {"method": "weighted_sum", "weights": (1, 1), "block_alphas": "1"}, "not --weights"),
         ("abc", {"block_alphas": "1,2"}, "has 2 numbers; this UNet takes 9"),
-        ("abc", {"block_alphas": "1,2,3,4,5,6,7,x"}, "OUT04 is 'x', which is no number"),
+        ("abc", {"block_alphas": "1,2,3,4,5,6,7,x"}, "OUT04 is 'x'; give a finite number"),
+        ("abc", {"block_alphas": "1,2,3,4,5,6,,7"}, "OUT02 is empty; give a finite number"),
+        ("abc", {"block_alphas": "1,2,3,4,-inf,6,7,8"}, "IN04 is '-inf'; give a finite number"),
+        ("abc", {"block_alphas": "nan"}, "number 1 is 'nan'; give a finite number"),
+        ("abc", {"block_alphas": " "}, "--block_alphas is empty; give numbers"),
         ("abc", {"block_alphas": "none.yaml"}, "none.yaml can't be read"),
         ("abc", {"parts": ("vae",)}, "has no vae to merge; it is a UNet with diffusers' names"),
         ("ax?", {}, "n.safetensors does not exist"),
@@ -464,6 +469,36 @@ def test_v_and_epsilon_files_do_not_mix(narrow, tmp_path, mark):
     assert merge(MergeOptions(models=both, method="weighted_sum", out=out)).path.is_file()
 
 
+def test_what_a_unet_alone_predicts_is_told_on_and_never_made_up(make, tmp_path):
+    plain, marked, other = make("a"), make("b"), make("c")
+    for file, spec in ((marked, "v"), (other, "epsilon")):
+        save_file(load_file(file), file, {"modelspec.prediction_type": spec})
+    spec_of = "modelspec.prediction_type"
+    out, options = tmp_path / "out.safetensors", {"method": "weighted_sum"}
+    for models, spec in (
+        ((plain, plain), None),
+        ((plain, marked), "v"),
+        ((other, plain), "epsilon"),
+    ):
+        do(tmp_path, *models, **options)
+        assert read_header(out).get(spec_of) == spec
+    with pytest.raises(
+        UserError, match=r"B \(.*\) predicts v_prediction, C \(.*\) epsilon; .*conv"
+    ):
+        do(tmp_path, plain, marked, other)
+    assert not out.exists()
+    # The first release's names tell no more than diffusers'; whole checkpoints mean epsilon.
+    alone = {
+        "time_embed.0.weight": torch.ones(2),
+        "input_blocks.0.0.weight": torch.ones(2, 4, 1, 1),
+    }
+    assert merge_sources.file_prediction(InMemory(alone), True) is None
+    whole = {f"model.diffusion_model.{name}": tensor for name, tensor in alone.items()}
+    assert merge_sources.file_prediction(InMemory(whole), True) is None
+    whole["first_stage_model.encoder.conv_in.bias"] = torch.ones(2)
+    assert merge_sources.file_prediction(InMemory(whole), True) == "epsilon"
+
+
 def test_an_index_leads_out_of_no_folder(narrow, tmp_path):
     base, other = tmp_path / "in" / "base", narrow("sd15")
     shutil.copytree(other, base)
@@ -487,7 +522,10 @@ def test_an_index_leads_out_of_no_folder(narrow, tmp_path):
     ("text", "words"),
     [
         ("nowhere: 1", "nowhere is no block; there are: BASE, IN00, .*down_blocks.0"),
-        ("IN00: much", "IN00 is 'much', which is no number"),
+        ("IN00: much", "IN00 is 'much'; give a finite number"),
+        ("IN00:", "IN00 is empty; give a finite number"),
+        ("IN00: true", "IN00 is True; give a finite number"),
+        ("IN01: 1\nIN02: 1\nIN03: 1\ndown_blocks.0: .nan", "down_blocks.0 is nan; give a finite"),
         ("just words", "holds neither a list nor"),
         ("a: [", "can't be read"),
     ],
