@@ -44,7 +44,7 @@ TUNE = (CONTROL - {
     "text_loss_feature", "text_loss_ctc", "text_loss_weighting", "text_loss_max_t",
     "text_loss_labels", "text_loss_ocr",
 }) | {
-    "instance_data_dir", "instance_prompt", "with_prior_preservation", "class_data_dir",
+    "instance_data_dir", "unet", "instance_prompt", "with_prior_preservation", "class_data_dir",
     "class_prompt", "num_class_images", "prior_loss_weight", "train_text_encoder",
     "text_encoder_lr", "use_lora", "rank", "lora_alpha", "lora_target_modules",
 }  # fmt: skip

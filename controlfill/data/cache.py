@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from controlfill.data.sample import Source
+from controlfill.data.sample import Latents, Source
 from controlfill.errors import UserError
 from controlfill.files import read_json
 from controlfill.options import DataOptions
@@ -58,6 +58,24 @@ class LatentCache:
     def __getstate__(self) -> dict[str, Any]:
         """Maps are opened anew in each worker process."""
         return {**self.__dict__, "_open": {}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedLatents:
+    """Latents of two caches: those of pictures from number `first` on are in `others`."""
+
+    own: Latents
+    others: Latents
+    first: int
+
+    @property
+    def variants(self) -> int:
+        """Cuts per picture, in both."""
+        return self.own.variants
+
+    def read(self, index: int, variant: int) -> np.ndarray:
+        """Mean and deviation (2, C, h, w) of cut `variant` of picture `index`."""
+        return (self.own if index < self.first else self.others).read(index, variant)
 
 
 @dataclass(frozen=True, kw_only=True)

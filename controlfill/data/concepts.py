@@ -19,11 +19,11 @@ class Worded:
     """A source of which every picture has a prompt, and none a hint.
 
     A picture without words of its own gets `prompt`; with {} in it, every picture gets it, its own
-    words in the place of the {}.
+    words in the place of the {}. Each counts `weight` in the loss.
     """
 
-    def __init__(self, source: Source, prompt: str) -> None:
-        self.source, self.prompt = source, prompt
+    def __init__(self, source: Source, prompt: str, weight: float = 1.0) -> None:
+        self.source, self.prompt, self.weight = source, prompt, weight
         self.missing: list[str] = getattr(source, "missing", [])
         self.sizes: Any = getattr(source, "sizes", lambda: None)
 
@@ -31,7 +31,7 @@ class Worded:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
-        return say(self.source[index], self.prompt)
+        return replace(say(self.source[index], self.prompt), weight=self.weight)
 
 
 class WordedStream(ShardStream):
@@ -47,19 +47,20 @@ class WordedStream(ShardStream):
 
 def say(sample: Sample, prompt: str) -> Sample:
     """`sample` with words, by `prompt` as Worded has it."""
-    own = sample.prompts or (sample.prompt,)
-    if OWN in prompt:
-        told = tuple(prompt.replace(OWN, words).strip(" ,") for words in own)
-    else:
-        told = tuple(words or prompt for words in own)
+    told = tuple(tell(words, prompt) for words in sample.prompts or (sample.prompt,))
     return replace(sample, prompt=told[0], prompts=told if len(told) > 1 else (), hint=None)
 
 
-class Joined:
-    """`own` pictures, and after them all of `others`, `times` over, which count `weight`."""
+def tell(words: str, prompt: str) -> str:
+    """What a picture with `words` of its own, or none, is told by, as Worded has it."""
+    return prompt.replace(OWN, words).strip(" ,") if OWN in prompt else words or prompt
 
-    def __init__(self, own: Source, others: Source, times: int, weight: float) -> None:
-        self.own, self.others, self.times, self.weight = own, others, times, weight
+
+class Joined:
+    """`own` pictures, and after them all of `others`, `times` over."""
+
+    def __init__(self, own: Source, others: Source, times: int) -> None:
+        self.own, self.others, self.times = own, others, times
 
     def __len__(self) -> int:
         return len(self.own) + self.times * len(self.others)
@@ -67,11 +68,10 @@ class Joined:
     def __getitem__(self, index: int) -> Sample:
         if index < len(self.own):
             return self.own[index]
-        other = self.others[(index - len(self.own)) % len(self.others)]
-        return replace(other, weight=self.weight)
+        return self.others[(index - len(self.own)) % len(self.others)]
 
 
-def join(data: PreparedSource, others: Source, weight: float) -> PreparedSource:
+def join(data: PreparedSource, others: Source) -> PreparedSource:
     """The places of `data`, and after them those of `others` in every size that `data` has.
 
     Other pictures of size number b stand at places len(data) + b * len(others) and on, in buckets
@@ -82,6 +82,6 @@ def join(data: PreparedSource, others: Source, weight: float) -> PreparedSource:
     times = len(own.sizes)
     classes = np.repeat(np.arange(times), len(others)) + times
     buckets = Buckets(sizes=own.sizes * 2, of=np.concatenate([own.of, classes]))
-    source = Joined(data.source, others, times, weight)
+    source = Joined(data.source, others, times)
     indices = np.concatenate([data.indices, np.arange(count, len(source))])
     return PreparedSource(source, data.preparation, data.seed, buckets, indices=indices)

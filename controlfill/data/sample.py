@@ -247,7 +247,8 @@ def collate(samples: Sequence[Sample], spec: Spec, skipped: Sequence[str] = ()) 
 class Latents(Protocol):
     """A cache of posteriors: for each picture and each of `variants` cuts of it, its moments."""
 
-    variants: int
+    @property
+    def variants(self) -> int: ...
 
     def read(self, index: int, variant: int) -> np.ndarray: ...
 

@@ -111,9 +111,10 @@ class PreparedStream(IterableDataset[list[tuple[Sample, list[str]]]]):
         for number in mine:
             if number != mine[0]:
                 ahead.go_on(stride * self.ranks * self.batch)
-            yield self._micro_batch(ahead)
+            yield self._micro_batch(ahead, number)
 
-    def _micro_batch(self, ahead: Ahead) -> list[tuple[Sample, list[str]]]:
+    def _micro_batch(self, ahead: Ahead, number: int) -> list[tuple[Sample, list[str]]]:
+        """The next micro-batch, `number` of this process."""
         broken: set[int] = set()
         return [self._sample(ahead, slot, broken) for slot in range(self.batch)]
 

@@ -154,7 +154,8 @@ def load(
     asked = Where(**where)
     found = [find_lora(words) for words in loras]
     if found and base is None and control is None:
-        base = choose_lora_base(found[0][0])
+        base, own = choose_lora_base(found[0][0])
+        unet = unet or own
     if control is None and unet is None and (base is None or base in embedded.CONTROLS):
         control = base or embedded.EMBEDDED
     if control is None:
@@ -192,12 +193,12 @@ def load_for(options: Any) -> Pipeline:
     )
 
 
-def choose_lora_base(file: Path) -> str:
-    """The base that a LoRA was trained on, by its header. Raises UserError."""
+def choose_lora_base(file: Path) -> tuple[str, str | None]:
+    """The base that a LoRA was trained on, and the UNet in place of its own. Raises UserError."""
     header = read_lora_header(file)
     if header is None:
         raise UserError(f"{file} does not say what base it was trained on; name it with --base")
-    return header.base
+    return header.base, header.unet
 
 
 def place_networks(

@@ -23,10 +23,14 @@ class TuneOptions(LearnOptions):
     FIXED: ClassVar[tuple[str, ...]] = (
         "pretrained_model_name_or_path", "instance_data_dir", "ann_file", "use_lora", "rank",
         "lora_target_modules", "train_text_encoder", "with_prior_preservation", "class_data_dir",
+        "unet",
     )  # fmt: skip
 
     instance_data_dir: str
     """Folder of pictures, a table or tar shards in it, `hf:NAME`, or `world:shapes`."""
+    unet: Path | None = None
+    """A UNet in the place of the base's own: a file of it alone, as of glid-3-xl-stable, a whole
+    checkpoint, or a diffusers folder."""
     instance_prompt: str = ""
     """Prompt of pictures that have none; with {} in it, the prompt of all, {} being their own."""
     with_prior_preservation: bool = False
@@ -88,6 +92,7 @@ class TuneOptions(LearnOptions):
         return {
             "instance_data_dir": self.instance_data_dir if there else world,
             "pretrained_model_name_or_path": base,
+            "unet": None,
             "image_size": side,
             "class_data_dir": folder if prior else None,
             "num_class_images": min(self.num_class_images, 4) if prior else self.num_class_images,

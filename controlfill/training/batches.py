@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from controlfill.data.buckets import batches_per_epoch, epoch_of_buckets
 from controlfill.data.hints import Spec
 from controlfill.data.sample import PreparedSource, Sample, Stack, stack
-from controlfill.data.streams import PreparedStream
+from controlfill.data.streams import Ahead, PreparedStream
 from controlfill.options import RunOptions
 
 Place = tuple[int, int]
@@ -82,22 +82,43 @@ class Beside:
 
     def __init__(self, order: Order, bucket_of: np.ndarray, others: int, seed: int) -> None:
         self.order, self.bucket_of, self.others, self.seed = order, bucket_of, others, seed
-        self._turn = functools.lru_cache(2)(self._shuffle)
-
-    def _shuffle(self, epoch: int) -> np.ndarray:
-        # Apart from the order of the pictures that they stand beside.
-        return np.random.default_rng((self.seed, epoch, 1)).permutation(self.others)
 
     def batch(self, number: int) -> list[Place]:
         """The pictures of batch number `number`, and those beside them."""
         own = self.order.batch(number)
         first = len(self.bucket_of) + int(self.bucket_of[own[0][1]]) * self.others
-        turns = (divmod(number * len(own) + n, self.others) for n in range(len(own)))
-        return own + [(epoch, first + int(self._turn(epoch)[place])) for epoch, place in turns]
+        beside = in_turn(number, len(own), self.others, self.seed)
+        return own + [(epoch, first + place) for epoch, place in beside]
 
     def batches_per_epoch(self) -> float:
         """Batches in which each picture of the order comes once."""
         return self.order.batches_per_epoch()
+
+
+def in_turn(number: int, size: int, count: int, seed: int) -> list[Place]:
+    """Batch number `number` of `size` out of `count` pictures, once each per turn, shuffled."""
+    places = [divmod(n, count) for n in range(number * size, (number + 1) * size)]
+    # Apart from the order of the pictures that they stand beside.
+    turns = {
+        epoch: np.random.default_rng((seed, epoch, 1)).permutation(count)
+        for epoch in {epoch for epoch, _ in places}
+    }
+    return [(epoch, int(turns[epoch][place])) for epoch, place in places]
+
+
+class StreamBeside(PreparedStream):
+    """Micro-batches of a `stream`, and beside each as many of `others` pictures, once per turn."""
+
+    def __init__(self, stream: PreparedStream, others: PreparedSource) -> None:
+        super().__init__(
+            stream.stream, stream.preparation, stream.seed, stream.batch, stream.rank, stream.ranks
+        )
+        self.others = others
+
+    def _micro_batch(self, ahead: Ahead, number: int) -> list[tuple[Sample, list[str]]]:
+        own = number * self.ranks + self.rank
+        beside = in_turn(own, self.batch, len(self.others), self.seed)
+        return super()._micro_batch(ahead, number) + [self.others[place] for place in beside]
 
 
 class Streamed:

@@ -1,9 +1,15 @@
-"""`controlfill cache`: latents and texts encoded once, for every later run on the same data."""
+"""`controlfill cache`: latents and texts encoded once, for every later run on the same data.
+
+Class pictures, which a run may have to paint first, are encoded by the run, beside that cache.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from controlfill.data.cache import INDEX, TEXTS, describe
-from controlfill.data.sample import PreparedSource
+from controlfill.data.concepts import Joined, tell
+from controlfill.data.sample import PreparedSource, Source
 from controlfill.data.shards import ShardStream
 from controlfill.data.sources import make_preparation, open_source
 from controlfill.errors import UserError
@@ -23,7 +30,7 @@ from controlfill.images import to_tensor
 from controlfill.inference.pipeline import DTYPES, pick_device
 from controlfill.models.bundle import Bundle, load_bundle
 from controlfill.models.text import join_words
-from controlfill.options import CacheOptions
+from controlfill.options import CacheOptions, FinetuneOptions
 from controlfill.training.batches import calm_worker
 from controlfill.training.start import open_buckets
 
@@ -77,6 +84,71 @@ def build_cache(options: CacheOptions, report: Report) -> tuple[Path, list[str]]
     return folder, skipped
 
 
+def cache_classes(
+    options: FinetuneOptions, bundle: Bundle, data: PreparedSource, report: Report
+) -> Path:
+    """Encode the class pictures of joined `data` that are not there yet; returns their folder.
+
+    It lies in --cache_dir and is a cache like that one, named by all that decides what is in it: so
+    other class pictures find another folder, and an interrupted pass goes on. Where texts are in
+    the cache and their encoders are frozen, it has those of all that the run tells.
+    """
+    joined, buckets, beside = data.source, data.buckets, options.cache_dir
+    assert isinstance(joined, Joined)
+    assert buckets is not None
+    assert beside is not None
+    index, first = read_json(beside / INDEX), len(joined.own)
+    # Class pictures have a place in every size that there may be; few sizes are met.
+    met = first + np.nonzero(np.isin(buckets.of[first:] - joined.times, buckets.of[:first]))[0]
+    digest, own_words = look_at(joined.others, report)
+    prompts: list[str] = []
+    if not options.train_text_encoder and (beside / TEXTS).is_file():
+        told = (tell(words, options.instance_prompt) for words in index["prompts"])
+        prompts = list(dict.fromkeys(["", *told, *own_words]))
+    about = {
+        **index["made_from"],
+        "dtype": str(bundle.vae.dtype),
+        "class_pictures": digest,
+        "class_texts": hash_of(json.dumps(prompts).encode()),
+        "class_sizes": sorted({"{}x{}".format(*buckets.size_of(int(i))) for i in met}),
+    }
+    folder = beside / f"class_pictures-{hash_of(json.dumps(about).encode())}"
+    asked = CacheOptions(
+        data=options.pictures, cache_dir=folder, variants=about["variants"], text=False,
+        num_workers=options.num_workers,
+    )  # fmt: skip
+    fresh = start_index(folder, about)
+    classes = copy(data)
+    classes.indices = met
+    encode_cuts(asked, bundle, classes, fresh, report)
+    if prompts and not (folder / TEXTS).is_file():
+        encode_texts(folder, bundle, {"prompts": prompts}, report)
+    write_json(folder / INDEX, fresh | {"prompts": prompts})
+    return folder
+
+
+def look_at(pictures: Source, report: Report) -> tuple[str, list[str]]:
+    """A hash of what is cut of all `pictures`, and their prompts."""
+    seen: list[str] = []
+    prompts: list[str] = []
+    for number in range(len(pictures)):
+        try:
+            sample = pictures[number]
+        except UserError:
+            seen.append("can't be used")
+            continue
+        parts = [part for part in (sample.image, sample.mask) if part is not None]
+        seen += [f"{part.shape} {hash_of(part.tobytes())}" for part in parts]
+        prompts += sample.prompts or [sample.prompt]
+        report("class pictures read", number + 1, len(pictures))
+    return hash_of(json.dumps(seen).encode()), prompts
+
+
+def hash_of(data: bytes) -> str:
+    """A fingerprint of `data`: 16 hex digits."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def start_index(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
     """The index of a cache that goes on, or an empty one. Raises UserError for another's folder."""
     if not (folder / INDEX).is_file():
@@ -99,7 +171,7 @@ def encode_cuts(
     report: Report,
 ) -> list[str]:
     """Encode the cuts that are missing, shard by shard; returns why pictures were skipped."""
-    keys = [(i, v) for v in range(options.variants) for i in range(len(data.source))]
+    keys = [(int(i), v) for v in range(options.variants) for i in data.indices]
     missing = [(i, v) for i, v in keys if f"{i}.{v}" not in index["shards"]]
     prompts, skipped = dict.fromkeys(index["prompts"]), []
     done = len(keys) - len(missing)

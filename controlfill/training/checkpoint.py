@@ -176,8 +176,11 @@ def find_ckpt(where: str | None, output_dir: Path, prefix: str = ControlOptions.
 def check_same(saved: dict[str, Any], options: RunOptions, where: Path) -> None:
     """Refuse other data, base or conditioning; say which other options differ from the run's."""
     now = options.as_dict()
+    # Options that came later had their usual values; those that must be given tell kinds apart.
+    usual = {n: getattr(type(options), n) for n in options.FIXED if hasattr(type(options), n)}
+    strange = next((n for n in options.FIXED if n not in saved and n not in usual), None)
+    saved = {n: v for n, v in usual.items() if n not in saved} | saved
     changed = [k for k, v in saved.items() if k not in FREE_OPTIONS and now.get(k) != v]
-    strange = next((name for name in options.FIXED if name not in saved), None)
     if strange is not None:
         raise UserError(
             f"{where} was trained by another kind of run, which has no --{strange}; resume a "

@@ -46,6 +46,7 @@ class Painter:
         options, sampling = self.options, SampleOptions()
         return {
             "base": self.pipeline.bundle.name,
+            "unet": None if options.unet is None else str(options.unet),
             "class_prompt": options.class_prompt,
             "image_size": options.image_size,
             "seed": options.seed,
@@ -98,7 +99,9 @@ def paint_missing(painter: Painter, report: Report) -> None:
             report("class pictures", done, options.num_class_images)
             painter.paint(run, attempt)
         team.total(torch.zeros(1))  # until all are through
-    left = len(find_missing(painter))
+        if team.main:
+            drop_doubles(folder)
+    left = team.tell(len(find_missing(painter)))
     report("class pictures", options.num_class_images - left, options.num_class_images)
     if left:
         raise UserError(
@@ -119,6 +122,16 @@ def painted(folder: Path) -> dict[int, Path]:
     """The pictures painted so far, by number."""
     found = ((NAME.fullmatch(file.name), file) for file in sorted(folder.glob("class-*.png")))
     return {int(match[1]): file for match, file in found if match}
+
+
+def drop_doubles(folder: Path) -> None:
+    """Remove pictures that are there already, which processes that paint at once can't see."""
+    seen: set[str] = set()
+    for _, file in sorted(painted(folder).items()):
+        name = file.stem.rpartition("-")[2]
+        if name in seen:
+            file.unlink()
+        seen.add(name)
 
 
 def runs_of(numbers: Sequence[int], most: int) -> Iterator[list[int]]:

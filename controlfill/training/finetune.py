@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from controlfill.data.cache import JoinedLatents, open_cache
 from controlfill.data.concepts import Worded, WordedStream, join
 from controlfill.data.sample import PreparedSource, Source
 from controlfill.data.shards import ShardStream
 from controlfill.data.sources import open_source
+from controlfill.data.streams import PreparedStream
 from controlfill.diffusion.losses import Weighting
 from controlfill.diffusion.objective import TuneObjective
 from controlfill.errors import UserError
@@ -32,7 +34,8 @@ from controlfill.models.inpainter import (
 from controlfill.models.lora import LORA, LoraShape, add_lora, own_names, save_kohya, save_lora
 from controlfill.options import DataOptions, FinetuneOptions, check_numbers
 from controlfill.training import hub
-from controlfill.training.batches import Beside
+from controlfill.training.batches import Beside, StreamBeside
+from controlfill.training.caching import cache_classes
 from controlfill.training.class_pictures import Painter, paint_missing
 from controlfill.training.start import (
     Data,
@@ -65,6 +68,7 @@ class FinetuneRun(Run[FinetuneOptions]):
             base=self.bundle.name,
             base_family=self.bundle.family,
             prediction_type=self.bundle.prediction_type,
+            unet=None if self.options.unet is None else str(self.options.unet),
             rank=self.options.rank if self.options.use_lora else None,
             step=self.step,
         )
@@ -112,8 +116,8 @@ class FinetuneRun(Run[FinetuneOptions]):
             save_lora(folder / LORA, weights, self.shape, self.header)
             save_kohya(folder / f"{self.folder.name}.safetensors", folder / LORA)
         else:
-            save_pipeline(tuned_base(self.bundle.name, weights), folder)
-        hub.write_tuned_card(folder, self.header, self.options)
+            save_pipeline(tuned_base(self.bundle.name, weights, self.options.unet), folder)
+        hub.write_tuned_card(folder, self.header, self.options, self.bundle.is_glid)
 
     def _file(self, name: str) -> str:
         """The file of a checkpoint for what other networks write as `name`."""
@@ -128,13 +132,11 @@ def prepare(
     check_companions(options)
     given = source if source is not None else open_source(options.instance_data_dir, options)
     say_missing(given)
-    bundle = load_bundle(options.pretrained_model_name_or_path, inpainting=True)
+    bundle = load_bundle(options.pretrained_model_name_or_path, inpainting=True, unet=options.unet)
     bundle.check_size(options.image_size)
     if not bundle.sees_masks:
         widen_base(options, bundle)
     if isinstance(given, ShardStream):
-        if options.with_prior_preservation:
-            raise UserError("--with_prior_preservation needs data in any order, not tar shards")
         stream = WordedStream(given.where, options, options.instance_prompt)
         data = open_streamed(options, stream, team)
     else:
@@ -169,8 +171,6 @@ def check_companions(options: FinetuneOptions) -> None:
             usual = getattr(FinetuneOptions, name)
             if not getattr(options, switch) and getattr(options, name) != usual:
                 raise UserError(f"--{name} has no effect without --{switch}")
-    if asked and options.cache_dir is not None:
-        raise UserError("--cache_dir does not hold class pictures; leave out one of the two")
 
 
 def widen_base(options: FinetuneOptions, bundle: Bundle) -> None:
@@ -206,12 +206,25 @@ def start_network(options: FinetuneOptions, bundle: Bundle) -> Inpainter:
 
 def with_prior(options: FinetuneOptions, data: Data, painter: Painter, report: Report) -> Data:
     """`data` with as many class pictures beside those of every batch, painted where they lack."""
-    assert isinstance(data.learn, PreparedSource)
     paint_missing(painter, report)
     cuts = DataOptions(image_size=options.image_size, crop=options.crop)
-    classes = Worded(open_source(str(painter.folder), cuts), options.class_prompt)
+    pictures = open_source(str(painter.folder), cuts)
+    classes = Worded(pictures, options.class_prompt, options.prior_loss_weight)
     learn = data.learn
-    joined = join(learn, classes, options.prior_loss_weight)
+    if isinstance(learn, PreparedStream):
+        # A seed of their own, so that no class picture has the mask of one that it stands beside.
+        others = PreparedSource(classes, learn.preparation, options.seed + 1)
+        return replace(data, learn=StreamBeside(learn, others))
+    joined = join(learn, classes)
+    if learn.latents is not None:
+        team, bundle = painter.team, painter.pipeline.bundle
+        # One process encodes; the others wait for its word.
+        made = cache_classes(options, bundle, joined, report) if team.main else None
+        cache = open_cache(team.tell(made), {})
+        bundle.text.cache = cache.texts
+        joined.latents = JoinedLatents(
+            own=learn.latents, others=cache.latents, first=len(learn.source)
+        )
     buckets = joined.bucket_of()
     assert buckets is not None
     order = Beside(data.order, buckets[: len(learn)], len(classes), options.seed)

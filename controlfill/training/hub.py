@@ -66,19 +66,31 @@ controlfill inpaint photo.jpg mask.png --prompt "..." {flags}
 
 {elsewhere}
 """
-ELSEWHERE = {
-    True: "`load_lora_weights` of diffusers opens `pytorch_lora_weights.safetensors`; A1111 and "
-    "ComfyUI read the other file.",
-    False: "`diffusers.AutoPipelineForInpainting.from_pretrained` opens this folder too.",
-}
+# What other tools make of a LoRA, of a folder, and of a folder with a UNet that they don't know.
+LORA = (
+    "`load_lora_weights` of diffusers opens `pytorch_lora_weights.safetensors`; A1111 and "
+    "ComfyUI read the other file."
+)
+FOLDER = "`diffusers.AutoPipelineForInpainting.from_pretrained` opens this folder too."
+GLID = (
+    "Its UNet takes 8 channels, as glid-3-xl-stable's does, so no pipeline of diffusers can sample "
+    "it; `diffusers.UNet2DConditionModel` and the other parts open it."
+)
 
 
-def write_tuned_card(folder: Path, header: TunedHeader, options: FinetuneOptions) -> None:
-    """Write README.md, the model card of a fine-tuned base or its LoRA, into `folder`."""
+def write_tuned_card(
+    folder: Path, header: TunedHeader, options: FinetuneOptions, glid: bool
+) -> None:
+    """Write README.md, the model card of a fine-tuned base or its LoRA, into `folder`.
+
+    `glid` means that its UNet is of glid-3-xl-stable's kind.
+    """
     low, high = options.mask_area
-    flags = "--base FOLDER"
+    flags, where = "--base FOLDER", GLID if glid else FOLDER
     if options.use_lora:
-        flags = f"--base {header.base} --lora pytorch_lora_weights.safetensors"
+        unet = f"--unet {header.unet} " if header.unet else ""
+        flags = f"--base {header.base} {unet}--lora pytorch_lora_weights.safetensors"
+        where = "" if glid else LORA
     text = TUNED.format(
         base=header.base, name=folder.parent.name, family=header.base_family,
         kind="lora" if options.use_lora else "finetuned",
@@ -90,7 +102,7 @@ def write_tuned_card(folder: Path, header: TunedHeader, options: FinetuneOptions
         text="trained" if options.train_text_encoder else "as in the base",
         prior=f"`{options.class_prompt}`" if options.with_prior_preservation else "none",
         masks=", ".join(options.mask_kinds), low=low, high=high, flags=flags,
-        elsewhere=ELSEWHERE[options.use_lora],
+        elsewhere=where,
     )  # fmt: skip
     write_whole(folder / "README.md", text.encode())
 

@@ -30,6 +30,7 @@ from controlfill.files import write_whole
 from controlfill.inference.pipeline import Report
 from controlfill.models.controlnet import HEADER_KEY
 from controlfill.options import FinetuneLightningOptions, FitOptions, RunOptions
+from controlfill.training import optim
 from controlfill.training.batches import Remaining
 from controlfill.training.checkpoint import CKPTS, LAST, check_same, find_ckpt
 from controlfill.training.kinds import prepare
@@ -269,6 +270,7 @@ class LearnModule(lit.LightningModule):
         self.number = kept["number"]
         if self.average is not None and kept["average"] is not None:
             self.average.load(kept["average"])
+        optim.renew(checkpoint.get("optimizer_states", []), self.network, self.options)
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -335,11 +337,8 @@ def make_trainer(options: FitOptions) -> lit.Trainer:
         )
     ]
     if options.early_stopping_patience is not None:
-        callbacks.append(
-            EarlyStopping(
-                monitor, patience=options.early_stopping_patience, check_on_train_epoch_end=True
-            )
-        )
+        patience = options.early_stopping_patience
+        callbacks += [EarlyStopping(monitor, patience=patience, check_on_train_epoch_end=True)]
     return lit.Trainer(
         accelerator=options.accelerator,
         devices=1 if options.devices == -1 and options.accelerator == "cpu" else options.devices,

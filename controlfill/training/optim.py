@@ -60,6 +60,14 @@ def parameter_groups(network: nn.Module, options: RunOptions) -> list[dict[str, 
     return groups + ([{"params": text, "share": options.text_share}] if text else [])
 
 
+def renew(states: list[dict[str, Any]], network: nn.Module, options: RunOptions) -> None:
+    """Let saved `states` of optimizers have what `options` ask for now, and their own moments."""
+    own = parameter_groups(network, options)
+    for state in states:
+        for group, asked in zip(state["param_groups"], own, strict=True):
+            group |= {"share": asked["share"], "weight_decay": options.adam_weight_decay}
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Use `rate` from now on, or a group's share of it."""
     for group in optimizer.param_groups:

@@ -1,5 +1,8 @@
 """Checkpoints are whole or not there, and resume finds the newest whole one."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -135,3 +138,11 @@ def test_another_kind_of_run_is_not_gone_on_with(tmp_path):
     check_same(saved, TrainOptions(image_dir="x"), tmp_path)
     with pytest.raises(UserError, match="another kind of run, which has no --instance_data_dir"):
         check_same(saved, FinetuneOptions(instance_data_dir="x"), tmp_path)
+
+
+def test_a_run_from_before_an_option_had_its_usual_value(tmp_path):
+    tune = FinetuneOptions(instance_data_dir="x")
+    saved = {name: value for name, value in tune.as_dict().items() if name != "unet"}
+    check_same(saved, tune, tmp_path)
+    with pytest.raises(UserError, match="was trained with --unet None, not y"):
+        check_same(saved, replace(tune, unet=Path("y")), tmp_path)

@@ -11,14 +11,21 @@ from controlfill.data.buckets import make_buckets
 from controlfill.data.concepts import Worded, join, say
 from controlfill.data.masks import make_recipe
 from controlfill.data.sample import Preparation, PreparedSource, Sample, collate
+from controlfill.data.streams import PreparedStream
 from controlfill.diffusion.objective import Objective, step_rng
 from controlfill.errors import UserError
 from controlfill.files import read_json
 from controlfill.inference.pipeline import HOLE_SPEC, Pipeline
 from controlfill.models.controlnet import make_controlnet
 from controlfill.options import FinetuneOptions
-from controlfill.training.batches import Beside, Bucketed, Shuffled
-from controlfill.training.class_pictures import Painter, paint_missing, painted, runs_of
+from controlfill.training.batches import Beside, Bucketed, Shuffled, StreamBeside
+from controlfill.training.class_pictures import (
+    Painter,
+    drop_doubles,
+    paint_missing,
+    painted,
+    runs_of,
+)
 from controlfill.training.loop import make_accelerator, make_team
 from controlfill.training.start import quiet
 
@@ -172,8 +179,8 @@ def test_batches_are_half_class_pictures_of_the_same_size(bucketed):
     sizes = [(64, 64), (64, 128), (40, 80), (64, 64), (128, 64)]
     buckets = make_buckets(np.array(sizes), 64, 8) if bucketed else None
     data = make_data(sizes, buckets)
-    others = Worded(Plain([(70, 90), None, (50, 50)]), "class")
-    joined = join(data, others, 0.25)
+    others = Worded(Plain([(70, 90), None, (50, 50)]), "class", 0.25)
+    joined = join(data, others)
     of = data.bucket_of()
     order = Shuffled(5, 2, 3) if of is None else Bucketed(of, 2, 3)
     beside = Beside(order, joined.bucket_of()[:5], len(others), 3)
@@ -189,6 +196,43 @@ def test_batches_are_half_class_pictures_of_the_same_size(bucketed):
     assert len(shapes) == (3 if bucketed else 1)
     counts = np.bincount([(place - 5) % 3 for place in seen])
     assert counts.tolist() == [6, 6, 6]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_streams_have_class_pictures_beside_them_in_turn(ranks):
+    class Stream:
+        length, where = 5, "shards"
+
+        def epoch(self, epoch):
+            return ((n, lambda: Sample(image=np.zeros((64, 64, 3), np.uint8))) for n in range(5))
+
+    class Noted(list):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, place):
+            self.append(place)
+            return Sample(image=np.zeros((64, 64, 3), np.uint8), prompt="class"), []
+
+    others, preparation = Noted(), make_data([(64, 64)], None).preparation
+    for rank in range(ranks):
+        alone = PreparedStream(Stream(), preparation, 3, 2, rank, ranks)
+        stream = StreamBeside(alone, others).between(0, 6 // ranks)
+        own = list(alone.between(0, 6 // ranks))
+        for batch, wanted in zip(stream, own, strict=True):
+            assert [sample.prompt for sample, _ in batch] == ["", "", "class", "class"]
+            pairs = zip(batch[:2], wanted, strict=True)
+            assert all(np.array_equal(a.mask, b.mask) for (a, _), (b, _) in pairs)
+    # Twelve pictures beside twelve, each of three in each of four turns.
+    assert sorted(Noted.__iter__(others)) == [(turn, n) for turn in range(4) for n in range(3)]
+
+
+def test_pictures_that_two_processes_painted_at_once_are_there_once(painter):
+    painter.folder.mkdir()
+    for number, name in enumerate("aba"):
+        (painter.folder / f"class-{number:06d}-{name * 16}.png").touch()
+    drop_doubles(painter.folder)
+    assert sorted(painted(painter.folder)) == [0, 1]
 
 
 def test_class_pictures_count_as_much_as_they_weigh(pipe):

@@ -16,7 +16,7 @@ from torch import nn
 
 from controlfill.diffusion.objective import step_rng
 from controlfill.options import LightningOptions
-from controlfill.training import optim
+from controlfill.training import class_pictures, optim
 from controlfill.training.batches import Places, make_batches
 from controlfill.training.checkpoint import checkpoints_of
 from controlfill.training.kinds import prepare
@@ -103,6 +103,35 @@ def test_two_processes_are_one_with_the_doubled_batch(launched, tmp_path):
             assert parameter.grad is not None
             wrong = (theirs - parameter.grad).norm()
             assert wrong <= 1e-3 * parameter.grad.norm() + 1e-6
+
+
+def test_two_processes_finetune_as_one_with_the_doubled_batch(launched, monkeypatch):
+    monkeypatch.setattr(class_pictures, "STEPS", 1)
+    options = two().tune_of(launched)
+    run = prepare(options, make_team(make_accelerator(options)))
+    objective, network = run.objective(), run.network.train()
+    optimizer = optim.make_optimizer(network, options)
+    before = {name: p.detach().clone() for name, p in network.learned().items()}
+    loaders = [
+        iter(make_batches(run.data.learn, Places(run.data.order, r, 2).between(0, 2), run.spec, 0))
+        for r in range(2)
+    ]
+    for step in range(2):
+        optimizer.zero_grad()
+        for rank, loader in enumerate(loaders):
+            rng = step_rng(options.seed, rank, step)
+            (objective(network, next(loader).to("cpu"), rng).mean() / 2).backward()
+        nn.utils.clip_grad_norm_(network.parameters(), options.max_grad_norm)
+        optimizer.step()
+    painted = []
+    for rank in range(2):
+        with safe_open(launched / f"tuned-{rank}.safetensors", framework="pt") as file:
+            painted.append(literal_eval(file.metadata()["painted"]))
+            for name, weight in network.learned().items():
+                assert (file.get_tensor(name) - weight).abs().max() <= 1e-6
+    assert sorted(painted[0] + painted[1]) == [0, 1, 2, 3]
+    assert len(painted[0]) == len(painted[1])
+    assert any((p.detach() - before[n]).abs().max() > 5e-5 for n, p in network.learned().items())
 
 
 def test_validation_and_saving_do_not_hang_and_resuming_goes_on(launched):

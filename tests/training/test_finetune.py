@@ -8,16 +8,27 @@ import numpy as np
 import pytest
 import torch
 from conftest import finish, same_weights
+from narrow import make_unet
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
+from controlfill.data.cache import open_cache
+from controlfill.data.prepare import write_shards
 from controlfill.data.sample import Sample
+from controlfill.data.sources import Subset, open_source
+from controlfill.diffusion.objective import step_rng
 from controlfill.errors import UserError
+from controlfill.files import read_json
 from controlfill.inference.complete import inpaint
 from controlfill.inference.pipeline import load
-from controlfill.models.bundle import load_bundle
+from controlfill.models.bundle import Bundle, load_bundle
+from controlfill.models.controlnet import HEADER_KEY
+from controlfill.models.inpainter import widen
+from controlfill.models.text import Text
 from controlfill.options import (
     CacheOptions,
+    DataOptions,
     FinetuneLightningOptions,
     FinetuneOptions,
     HoleOptions,
@@ -25,9 +36,11 @@ from controlfill.options import (
 )
 from controlfill.reading import read_options, take_engine
 from controlfill.training import caching
+from controlfill.training.checkpoint import flatten_optimizer, load_optimizer
 from controlfill.training.finetune import check_companions, prepare
-from controlfill.training.lightning import train_lightning
+from controlfill.training.lightning import LearnModule, train_lightning
 from controlfill.training.loop import make_accelerator, make_team
+from controlfill.training.optim import make_optimizer, set_learning_rate
 from controlfill.training.start import quiet
 
 # Without class pictures.
@@ -137,8 +150,10 @@ def test_both_engines_stopped_or_not_learn_the_same_to_the_last_bit(kind, reques
         assert all(".lora_" in name for name in kept)
 
 
-def test_a_trained_lora_paints_as_it_did_in_training(lora, photo, hole):
-    options = replace(lora, ema_decay=0.0, learning_rate=0.05, max_steps=1)
+def test_a_trained_lora_paints_as_it_did_in_training(lora, photo, hole, tmp_path):
+    unet = tmp_path / "unet"
+    make_unet("sd15", 9).save_pretrained(unet)
+    options = replace(lora, ema_decay=0.0, learning_rate=0.05, max_steps=1, unet=unet)
     finish(options)
     folder = final_folder(options)
     assert (folder / "README.md").is_file()
@@ -149,10 +164,12 @@ def test_a_trained_lora_paints_as_it_did_in_training(lora, photo, hole):
     run.take(run.read(folder.parent / "checkpoint-1", "diffusion_pytorch_model.safetensors"))
     wanted = inpaint(run.pipeline(run.network), photo, hole, sampling).image
     base = options.pretrained_model_name_or_path
-    plain = inpaint(load(base, device="cpu"), photo, hole, sampling).image
+    plain = inpaint(load(base, unet=unet, device="cpu"), photo, hole, sampling).image
     assert not np.array_equal(wanted, plain)
-    for name in (str(folder), *(str(folder / name) for name in names)):
-        got = inpaint(load(base, loras=[name], device="cpu"), photo, hole, sampling).image
+    # The base that it was trained on, and the UNet in it, need not be named.
+    for given, name in ((None, str(folder)), *((base, str(folder / name)) for name in names)):
+        pair = {"base": given, "unet": unet if given else None}
+        got = inpaint(load(**pair, loras=[name], device="cpu"), photo, hole, sampling).image
         np.testing.assert_allclose(got.astype(int), wanted.astype(int), atol=1)
 
 
@@ -164,9 +181,32 @@ def test_a_finetuned_base_is_used_like_any_other(tune, photo, hole):
     finish(options)
     pipe = load(str(final_folder(options)), device="cpu")
     assert pipe.bundle.unet.config.in_channels == 9
+    assert promises(final_folder(options)) == [True, True]
     sampling = HoleOptions(prompt="a red circle", num_inference_steps=2)
     result = inpaint(pipe, photo, hole, sampling)
     np.testing.assert_array_equal(result.image[hole == 0], photo[hole == 0])
+
+
+def promises(folder):
+    """Whether a folder's class and its card promise that diffusers fills holes with it."""
+    named = read_json(folder / "model_index.json")["_class_name"]
+    return ["Inpaint" in named, "AutoPipelineForInpainting" in (folder / "README.md").read_text()]
+
+
+def test_another_unet_learns_in_the_place_of_the_bases(tune, tmp_path):
+    other = load_bundle("embedded").unet
+    widen(other, 8)
+    other.save_pretrained(tmp_path / "unet")
+    options = replace(
+        tune, pretrained_model_name_or_path="embedded-inpaint", unet=tmp_path / "unet", **ALONE
+    )
+    run, final = prepared(options), tmp_path / "final_model"
+    final.mkdir()
+    run.finish(final, {name: p.detach() + 1 for name, p in run.network.learned().items()})
+    bundle = load_bundle(str(final), inpainting=True)
+    assert bundle.is_glid
+    assert torch.equal(bundle.unet.conv_in.weight, other.conv_in.weight + 1)
+    assert promises(final) == [False, False]
 
 
 def test_text_encoders_learn_at_a_rate_of_their_own_and_only_when_asked(tune):
@@ -193,22 +233,66 @@ def test_text_encoders_learn_at_a_rate_of_their_own_and_only_when_asked(tune):
     assert moved(frozen)[1] == 0
 
 
-def test_caches_of_latents_serve_and_those_of_texts_only_frozen_encoders(tune, tmp_path):
+def first_losses(run, count=3):
+    """The losses of the first pictures, and of those beside them, before anything is learned."""
+    batches, objective = iter(run.batches(0, count)), run.objective()
+    with torch.no_grad():
+        costs = [
+            objective.cost(run.network, next(batches).to("cpu"), step_rng(0, 0, n))
+            for n in range(count)
+        ]
+    return torch.stack([cost.losses for cost in costs]).numpy()
+
+
+def test_caches_hold_class_pictures_too_and_texts_of_frozen_encoders(tune, tmp_path, monkeypatch):
+    folder = class_folder(tmp_path / "own")
+    Image.new("RGB", (120, 60), "red").save(folder / "2.png")
+    (folder / "1.txt").write_text("cat")
     options = replace(
-        tune, **ALONE,
-        cache_dir=tmp_path / "cache", crop="center",
+        tune, pretrained_model_name_or_path="embedded-inpaint", instance_data_dir=str(folder),
+        instance_prompt="a red {}", crop="center", aspect_ratio_buckets=True,
+        max_train_samples=None, gradient_accumulation_steps=1, train_text_encoder=False,
+        text_encoder_lr=None,
     )  # fmt: skip
+    shared = {f.name: getattr(options, f.name) for f in fields(DataOptions)}
+    base = options.pretrained_model_name_or_path
     cache = CacheOptions(
-        data=options.instance_data_dir, image_size=64, crop="center", max_train_samples=5,
-        pretrained_model_name_or_path=options.pretrained_model_name_or_path,
+        **shared, data=str(folder), pretrained_model_name_or_path=base, aspect_ratio_buckets=True,
         cache_dir=tmp_path / "cache", num_workers=0,
     )  # fmt: skip
     caching.build_cache(cache, quiet)
-    run = prepared(options)
-    assert run.first_batch(1).moments is not None
-    assert run.bundle.text.cache is None
-    frozen = prepared(replace(options, train_text_encoder=False, text_encoder_lr=None))
-    assert frozen.bundle.text.cache is not None
+    plain = first_losses(prepared(options))
+    assert plain.shape == (3, 2)
+    cached = replace(options, cache_dir=tmp_path / "cache")
+    run = prepared(cached)
+    asked, encode = [], Bundle.encode_moments
+    with monkeypatch.context() as patch:
+        patch.setattr(Bundle, "encode_moments", lambda *a: asked.append(1) or encode(*a))
+        patch.setattr(Text, "encode_anew", lambda *_: pytest.fail("the text encoder was asked"))
+        np.testing.assert_allclose(first_losses(run), plain, rtol=1e-3)
+        # What is there is not encoded again.
+        (made,) = cached.cache_dir.glob("class_pictures-*")
+        assert caching.cache_classes(cached, run.bundle, run.data.learn, quiet) == made
+    assert len(asked) == 3  # once per batch, for masked pictures, whose masks are new each time
+    # A learning text encoder leaves the texts alone, and another class picture is noticed.
+    learning = prepared(replace(cached, train_text_encoder=True))
+    assert learning.bundle.text.cache is None
+    Image.new("RGB", (80, 70)).save(options.class_data_dir / "0.png")
+    other = caching.cache_classes(cached, run.bundle, run.data.learn, quiet)
+    assert len({made, other, *cached.cache_dir.glob("class_pictures-*")}) == 3
+    old, new = (open_cache(where, {}).latents for where in (made, other))
+    places = [int(key.partition(".")[0]) for key in old.shard_of]
+    assert len(places) == 2 * 3  # the sizes that are met, times the class pictures
+    assert {(n - 3) % 3 for n in places if (old.read(n, 0) != new.read(n, 0)).any()} == {0}
+
+
+def test_streams_have_class_pictures_beside_them(tune, tmp_path):
+    write_shards(Subset(open_source("world:shapes", tune), 3), tmp_path / "shards")
+    shards = {"instance_data_dir": str(tmp_path / "shards"), "max_train_samples": None}
+    run = prepared(replace(tune, **shards))
+    batch = next(iter(run.batches(0, 1))).to("cpu")
+    assert batch.prompts[1:] == ["a mat"]
+    assert batch.weights.tolist() == [1.0, 0.5]
 
 
 def test_panels_and_validation_show_the_base_that_learns(tune, tmp_path, photo, hole):
@@ -231,7 +315,6 @@ def test_panels_and_validation_show_the_base_that_learns(tune, tmp_path, photo, 
         ({"class_prompt": ""}, "--with_prior_preservation needs a --class_prompt"),
         ({"class_data_dir": None}, "--with_prior_preservation needs a --class_data_dir"),
         ({"with_prior_preservation": False}, "no effect without --with_prior_preservation"),
-        ({"cache_dir": "x"}, "--cache_dir does not hold class pictures"),
         ({"text_encoder_lr": 1e-6, "train_text_encoder": False}, "no effect without --train_text"),
         ({"rank": 0}, "--rank is 0"),
         ({"rank": 4}, "--rank has no effect without --use_lora"),
@@ -266,7 +349,7 @@ def test_own_data_goes_in_by_a_source(tune):
     assert float(batch.mask.mean()) < 1
 
 
-@pytest.mark.parametrize("name", ["lora", "dreambooth", "full_glid_recipe"])
+@pytest.mark.parametrize("name", ["lora", "dreambooth", "full_glid_recipe", "embedded"])
 def test_shipped_configs_are_read_and_can_be_rehearsed(name):
     words = ["--config", f"configs/finetune_{name}.yaml", "--rehearse"]
     options = read_options(FinetuneOptions, "finetune", words)
@@ -284,6 +367,27 @@ def test_shipped_configs_are_read_and_can_be_rehearsed(name):
     lightning = read_options(FinetuneLightningOptions, "finetune", ["--instance_data_dir", "x"])
     assert lightning.as_train() == FinetuneOptions(instance_data_dir="x")
     assert replace(lightning, val_split=0.3, rehearse=True).rehearsed().val_split == 0
+
+
+def test_other_rates_count_where_either_engine_goes_on(tune):
+    network = nn.ModuleDict({"unet": nn.Linear(1, 1), "encoders": nn.ModuleList([nn.Linear(1, 1)])})
+    old = make_optimizer(network, tune)
+    sum(p.sum() for p in network.parameters()).backward()
+    old.step()
+    now = replace(tune, text_encoder_lr=1e-4, adam_weight_decay=0.5)
+    ours, theirs = make_optimizer(network, now), make_optimizer(network, now)
+    load_optimizer(ours, flatten_optimizer(old))
+    module = LearnModule(for_lightning(now), None, None, lambda step: None)
+    module.network = network
+    kept = {"options": tune.as_dict(), "number": 4, "average": None}
+    checkpoint = {HEADER_KEY: kept, "optimizer_states": [old.state_dict()]}
+    module.on_load_checkpoint(checkpoint)
+    theirs.load_state_dict(checkpoint["optimizer_states"][0])
+    for optimizer in (ours, theirs):
+        set_learning_rate(optimizer, 1e-3)
+        groups = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+        np.testing.assert_allclose(groups, [(1e-3, 0.5), (1e-4, 0.5)])
+        assert len(optimizer.state) == 4
 
 
 def test_the_rate_is_that_of_the_method_unless_given():

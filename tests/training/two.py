@@ -1,5 +1,7 @@
 """Trains on as many processes as the launcher started, and writes what each of them ended with.
 
+First a ControlNet, then a LoRA with class pictures that the processes paint.
+
 torchrun --nproc_per_node 2 tests/training/two.py OUT
 """
 
@@ -13,7 +15,8 @@ from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from controlfill.data.sample import PreparedSource
-from controlfill.options import TrainOptions
+from controlfill.options import FinetuneOptions, TrainOptions
+from controlfill.training import class_pictures
 from controlfill.training import run as running
 from controlfill.training.run import train
 
@@ -29,6 +32,33 @@ def options_of(out: Path) -> TrainOptions:
     )  # fmt: skip
 
 
+def tune_of(out: Path) -> FinetuneOptions:
+    return FinetuneOptions(
+        instance_data_dir="world:shapes", pretrained_model_name_or_path="embedded-inpaint",
+        image_size=64, batch_size=1, max_train_samples=9, learning_rate=1e-4, max_steps=2,
+        save_steps=9, log_steps=9, log_images_steps=0, num_workers=0, max_grad_norm=0.05,
+        with_prior_preservation=True, class_prompt="a red circle", num_class_images=4,
+        class_data_dir=out / "class", prior_loss_weight=0.5, use_lora=True, rank=2,
+        train_text_encoder=True, output_dir=out,
+    )  # fmt: skip
+
+
+def finetune(out: Path, rank: int, networks: list) -> None:
+    """Two steps, without the final model; the header tells what this process painted."""
+    painted, paint = [], class_pictures.Painter.paint
+
+    def note(self, numbers, attempt):
+        painted.extend(numbers)
+        paint(self, numbers, attempt)
+
+    class_pictures.Painter.paint, class_pictures.STEPS = note, 1
+    for step in train(tune_of(out)):
+        if step.index == step.total:
+            break
+    weights = {n: p.detach().clone() for n, p in networks[-1].network.learned().items()}
+    save_file(weights, out / f"tuned-{rank}.safetensors", {"painted": repr(painted)})
+
+
 def main() -> None:
     out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     torch.set_num_threads(1)
@@ -41,7 +71,7 @@ def main() -> None:
 
     def keep(*arguments):
         networks.append(prepare(*arguments))
-        return networks[0]
+        return networks[-1]
 
     running.prepare = keep
     states = {}
@@ -52,7 +82,7 @@ def main() -> None:
             states[f"{number}.weight.{place}"] = weight.detach().clone()
             states[f"{number}.grad.{place}"] = weight.grad.detach().clone()
 
-    register_optimizer_step_pre_hook(before_step)
+    hook = register_optimizer_step_pre_hook(before_step)
     options = options_of(out)
     resumed = "resume" in sys.argv
     if resumed:
@@ -64,8 +94,12 @@ def main() -> None:
     weights = {n: p.detach().clone() for n, p in networks[0].network.named_parameters()}
     if rank == 0 and not resumed:
         save_file(states, out / "steps.safetensors")
+    hook.remove()
+    PreparedSource.__getitem__ = get
     about = {"rates": repr(rates), "seen": repr(seen)}
     save_file(weights, out / f"rank-{rank}{'-resumed' if resumed else ''}.safetensors", about)
+    if not resumed:
+        finetune(out, rank, networks)
 
 
 if __name__ == "__main__":
