@@ -15,7 +15,7 @@ demo: $(READY) ## set up, train a little, fill holes, write a page: demo/report.
 	$(BIN)/controlfill demo --output_dir demo
 
 test: $(READY) ## set up and run the tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: $(READY) ## format, lint, types, import layers, budgets
 	$(BIN)/ruff format --check .

@@ -39,26 +39,34 @@ def place(tmp_path_factory):
     return folder
 
 
-def run_all(lines, place):
+def run_all(lines, place, warm):
     for command in lines:
         words = shlex.split(shorter(command).replace("../shared/", f"{COCO.parents[1]}/"))
-        found = {"python": [sys.executable], "controlfill": [sys.executable, "-m", "controlfill"]}
-        run = subprocess.run(
-            [*found[words[0]], *words[1:]], cwd=place, capture_output=True, text=True, check=False
-        )
+        run = warm.run(words, place)
         assert run.returncode == 0, f"{command}\n{run.stderr[-2000:]}"
 
 
-def test_readme_commands_run_in_their_order(place):
+def test_readme_commands_run_in_their_order(place, warm):
     lines = [command for command in commands("README.md") if "../shared/" not in command]
     assert len(lines) >= 6
-    run_all(lines, place)
+    run_all(lines, place, warm)
 
 
-def test_readme_commands_run_on_real_coco(place, coco):
+def test_readme_commands_run_on_real_coco(place, coco, warm):
     lines = [command for command in commands("README.md") if "../shared/" in command]
     assert len(lines) >= 3
-    run_all(lines, place)
+    run_all(lines, place, warm)
+
+
+def test_a_warm_command_ends_as_a_cold_one(tmp_path, warm):
+    """In the folder and with the words that it is given, its exit code and errors its own."""
+    for words in (["controlfill", "mask"], ["controlfill", "mask", "a.png", "--size", "8x8"]):
+        run = warm.run(words, tmp_path)
+        cold = [sys.executable, "-m", *words]
+        again = subprocess.run(cold, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (run.returncode, run.stderr) == (again.returncode, again.stderr)
+    assert run.returncode == 0
+    assert run.stdout == again.stdout == "wrote a.png: 15.6% white\n"
 
 
 def test_both_readmes_have_the_same_commands():
@@ -66,16 +74,10 @@ def test_both_readmes_have_the_same_commands():
         assert commands("README.md", fence) == commands("README.zh-CN.md", fence)
 
 
-def test_python_examples_run(place):
+def test_python_examples_run(place, warm):
     for file in ("README.md", "docs/data.md"):
         for block in re.findall(r"```python\n(.*?)```", (ROOT / file).read_text("utf-8"), re.S):
-            run = subprocess.run(
-                [sys.executable, "-c", block],
-                cwd=place,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            run = warm.run(["python", "-c", block], place)
             assert run.returncode == 0, f"{file}\n{run.stderr[-2000:]}"
 
 
@@ -86,7 +88,7 @@ def test_the_preview_in_the_docs_is_what_the_command_draws(tmp_path):
     subprocess.run([sys.executable, "-m", *words], cwd=ROOT, check=True)
     with (
         Image.open(tmp_path / "x.png") as ours,
-        Image.open(ROOT / "docs" / "pictures" / "data_sample.png") as shown,
+        Image.open(ROOT / "docs" / "data_sample.png") as shown,
     ):
         assert ours.size == shown.size
         assert np.abs(np.asarray(ours).astype(int) - np.asarray(shown)).mean() < 1

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,15 @@ from controlfill.skins.layout import open_layout
 ROOT = Path(__file__).parent.parent.parent
 
 
-def test_the_walk_from_parts_to_themes(tmp_path):
+def test_the_walk_from_parts_to_themes(tmp_path, warm):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a keyboard skin of dark blue cloudy ground and clear rounded yellow keys\n")
-    place = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     told = {"OUT": str(tmp_path / "walk"), "COUNT": "3", "STEPS": "1", "PROMPTS": str(prompts)}
     told |= {"SIZE": "256x160", "SAMPLING": "1", "HINTS": "glyphs"}
     done = subprocess.run(
         ["bash", str(ROOT / "recipes" / "skins_walk.sh")],
-        cwd=tmp_path, env={**os.environ, **told, "PATH": place}, capture_output=True, text=True,
-        check=False,
+        cwd=tmp_path, env={**os.environ, **told, "PATH": warm.path()}, capture_output=True,
+        text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     layout = open_layout("qwerty-26").at((160, 256))

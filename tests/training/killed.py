@@ -36,33 +36,31 @@ def options_of(base: str, out: Path) -> TrainOptions:
 
 
 def live(options: TrainOptions, told: int) -> None:
-    """One life of the run: tells its parent of the first step, and goes on until it is killed."""
+    """One life of the run: tells its parent of each step, and goes on until it is killed."""
     logging.disable(logging.WARNING)
     for step in train(options):
         if told >= 0:
             os.write(told, b"%d\n" % step.index)
-            told = -1
     os._exit(0)
 
 
 def life(options: TrainOptions, chance: random.Random) -> str:
-    """Start a life and kill it: while it loads, or up to some steps and savings later."""
+    """Start a life and kill it: while it loads, or some steps later, in a step or a saving."""
     mine, its = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(mine)
         live(options, its)
     os.close(its)
-    if chance.random() < 0.8:
-        with os.fdopen(mine) as heard:
-            first = heard.readline().strip()
-        time.sleep(chance.uniform(0, 0.8))
-    else:
-        os.close(mine)
-        first = "loading"
-        time.sleep(chance.uniform(0, 0.5))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    with os.fdopen(mine) as heard:
+        if chance.random() < 0.8:
+            first, *_ = [heard.readline().strip() for _ in range(chance.randint(1, 5))]
+            time.sleep(chance.uniform(0, 0.1))
+        else:
+            first = "loading"
+            time.sleep(chance.uniform(0, 0.5))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     return first
 
 

@@ -66,7 +66,7 @@ def test_a_run_resumed_at_any_step_ends_the_same(rich_run, tmp_path):
     (run,) = rich_run.output_dir.iterdir()
     for step in random.Random(5).sample(range(1, 8), 5):
         other = replace(
-            rich_run, output_dir=tmp_path / str(step), num_workers=step % 3,
+            rich_run, output_dir=tmp_path / str(step), num_workers=step % 3, save_steps=100,
             resume_from_checkpoint=str(run / f"checkpoint-{step}"),
         )  # fmt: skip
         assert finish(other) == losses[step:]

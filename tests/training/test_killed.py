@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from conftest import ROOT, final_weights, finish, same_weights
+from conftest import ROOT, final_weights, finish, same_weights, small_options
 
 from controlfill.training.checkpoint import checkpoints_of
 from controlfill.training.stop import Stopped
@@ -43,13 +43,20 @@ def test_a_run_killed_50_times_ends_with_the_same_weights(narrow_base, tmp_path)
     assert not list(out.glob("*/.tmp-*"))
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The losses and weights of the smallest run that nobody stops."""
+    options = replace(small_options(tmp_path_factory.mktemp("whole")), save_steps=100)
+    return finish(options), final_weights(options.output_dir)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 @pytest.mark.parametrize("engine", ["accelerate", "lightning"])
-def test_a_signal_saves_and_leaves(small_run, tmp_path, number, engine):
+def test_a_signal_saves_and_leaves(whole, small_run, number, engine):
     from test_engines import finish_lightning, for_lightning
 
+    losses, weights = whole
     options = replace(small_run, save_steps=100)
-    whole = finish(replace(options, output_dir=tmp_path / "whole"))
     before = signal.getsignal(number)
 
     def send(step):
@@ -66,11 +73,11 @@ def test_a_signal_saves_and_leaves(small_run, tmp_path, number, engine):
     assert not (caught.value.folder / "final_model").exists()
     again = replace(options, resume_from_checkpoint="latest")
     if engine == "lightning":
-        assert finish_lightning(for_lightning(again)) == whole[2:]
+        assert finish_lightning(for_lightning(again)) == losses[2:]
     else:
         assert [p.name for p in checkpoints_of(caught.value.folder)] == ["checkpoint-2"]
-        assert finish(again) == whole[2:]
-    assert same_weights(final_weights(options.output_dir), final_weights(tmp_path / "whole"))
+        assert finish(again) == losses[2:]
+    assert same_weights(final_weights(options.output_dir), weights)
 
 
 def run_and_tell(options, tell):

@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from conftest import ROOT, final_weights, finish, same_weights, stop_after
+from conftest import ROOT, final_weights, finish, same_weights, small_options, stop_after
 from safetensors.torch import load_file
 
 from controlfill.errors import UserError
@@ -20,27 +20,33 @@ FULL = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The losses and weights of a run with FULL that nobody stops."""
+    options = replace(small_options(tmp_path_factory.mktemp("whole")), **FULL, save_steps=100)
+    return finish(options), final_weights(options.output_dir)
+
+
 @pytest.mark.parametrize("stop", [1, 3])
-def test_interrupted_and_resumed_equals_uninterrupted(small_run, tmp_path, stop):
+def test_interrupted_and_resumed_equals_uninterrupted(whole, small_run, stop):
+    losses, weights = whole
     options = replace(small_run, **FULL, save_steps=1)
-    whole = replace(options, output_dir=tmp_path / "whole")
-    losses = finish(whole)
     stop_after(options, stop)
     rest = finish(replace(options, resume_from_checkpoint="latest"))
     assert rest == losses[-len(rest) :]
-    assert same_weights(final_weights(options.output_dir), final_weights(whole.output_dir))
+    assert same_weights(final_weights(options.output_dir), weights)
 
 
-def test_killed_with_9_and_resumed_equals_uninterrupted(small_run, tmp_path):
+def test_killed_with_9_and_resumed_equals_uninterrupted(tmp_path, warm):
     """A real process, really killed while it trains, really started again."""
     command = [
-        sys.executable, str(ROOT / "train.py"), "--image_dir", "world:shapes",
+        str(ROOT / "train.py"), "--image_dir", "world:shapes",
         "--pretrained_model_name_or_path", "embedded", "--image_size", "64", "--batch_size", "2",
         "--max_steps", "12", "--save_steps", "3", "--log_steps", "1", "--num_workers", "1",
         "--learning_rate", "1e-3", "--log_images_steps", "0",
     ]  # fmt: skip
     out = tmp_path / "killed"
-    process = subprocess.Popen([*command, "--output_dir", str(out)], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, *command, "--output_dir", str(out)], cwd=ROOT)
     deadline = time.monotonic() + 120
     while not list(out.glob("*/checkpoint-*/state.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -48,9 +54,9 @@ def test_killed_with_9_and_resumed_equals_uninterrupted(small_run, tmp_path):
     assert process.wait() == -signal.SIGKILL
     assert not list(out.glob("*/final_model"))
     again = [*command, "--output_dir", str(out), "--resume_from_checkpoint", "latest"]
-    assert subprocess.run(again, cwd=ROOT, check=False).returncode == 0
+    assert subprocess.run([sys.executable, *again], cwd=ROOT, check=False).returncode == 0
     whole = [*command, "--output_dir", str(tmp_path / "whole")]
-    assert subprocess.run(whole, cwd=ROOT, check=False).returncode == 0
+    assert warm.run(["python", *whole], ROOT).returncode == 0
     assert same_weights(final_weights(out), final_weights(tmp_path / "whole"))
 
 

@@ -2,13 +2,14 @@
 
 import json
 import logging
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import final_weights, finish, same_weights
+from conftest import final_weights, finish, same_weights, small_options
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -18,6 +19,21 @@ from controlfill.errors import UserError
 from controlfill.models.controlnet import find_controlnet, read_control_header
 from controlfill.options import TrainOptions
 from controlfill.training.batches import Places, Shuffled, count_steps
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The smallest run, once for all that compare with it: its folder, losses and weights."""
+    options = small_options(tmp_path_factory.mktemp("plain"))
+    losses = finish(options)
+    (folder,) = options.output_dir.iterdir()
+    return Namespace(folder=folder, losses=losses, weights=final_weights(options.output_dir))
+
+
+@pytest.fixture
+def other_run(small_run):
+    """Options of the same run without checkpoints on the way."""
+    return replace(small_run, save_steps=100)
 
 
 def test_the_output_tree(small_run):
@@ -59,25 +75,21 @@ def test_tensorboard_shows_scalars_and_panels(small_run):
     assert events.Tags()["images"] == ["panels"]
 
 
-def test_the_number_of_workers_changes_nothing(small_run, tmp_path):
-    finish(small_run)
-    other = replace(small_run, num_workers=2, output_dir=tmp_path / "other")
-    finish(other)
-    assert same_weights(final_weights(small_run.output_dir), final_weights(other.output_dir))
+def test_the_number_of_workers_changes_nothing(plain, other_run):
+    finish(replace(other_run, num_workers=2))
+    assert same_weights(plain.weights, final_weights(other_run.output_dir))
 
 
-def test_other_seeds_learn_other_weights(small_run, tmp_path):
-    finish(small_run)
-    other = replace(small_run, seed=1, output_dir=tmp_path / "other")
-    finish(other)
-    assert not same_weights(final_weights(small_run.output_dir), final_weights(other.output_dir))
+def test_other_seeds_learn_other_weights(plain, other_run):
+    finish(replace(other_run, seed=1))
+    assert not same_weights(plain.weights, final_weights(other_run.output_dir))
 
 
-def test_clipping_is_off_at_zero(small_run, tmp_path):
-    finish(replace(small_run, max_grad_norm=0.0))
-    loose = replace(small_run, max_grad_norm=1e9, output_dir=tmp_path / "loose")
+def test_clipping_is_off_at_zero(other_run, tmp_path):
+    finish(replace(other_run, max_grad_norm=0.0))
+    loose = replace(other_run, max_grad_norm=1e9, output_dir=tmp_path / "loose")
     finish(loose)
-    assert same_weights(final_weights(small_run.output_dir), final_weights(loose.output_dir))
+    assert same_weights(final_weights(other_run.output_dir), final_weights(loose.output_dir))
 
 
 def test_weights_that_are_no_numbers_are_never_saved(small_run):
@@ -125,13 +137,12 @@ def test_every_conditioning_trains_and_fills(name, small_run, photo, hole):
     np.testing.assert_array_equal(result.image[hole == 0], photo[hole == 0])
 
 
-def test_bf16_trains_close_to_fp32(small_run, tmp_path):
-    exact = finish(small_run)
+def test_bf16_trains_close_to_fp32(plain, small_run, tmp_path):
     # Pictures are drawn by the network in the wrapper that Accelerate puts around it.
     options = replace(small_run, mixed_precision="bf16", log_images_steps=2)
     half = finish(replace(options, output_dir=tmp_path / "half"))
-    assert half != exact
-    np.testing.assert_allclose(half, exact, rtol=0.1)
+    assert half != plain.losses
+    np.testing.assert_allclose(half, plain.losses, rtol=0.1)
     assert all(w.dtype == torch.float32 for w in final_weights(tmp_path / "half").values())
 
 
@@ -147,11 +158,9 @@ def test_bf16_trains_close_to_fp32(small_run, tmp_path):
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
-def test_every_option_changes_what_is_learned(small_run, tmp_path, change):
-    finish(small_run)
-    other = replace(small_run, **change, output_dir=tmp_path / "other")
-    finish(other)
-    assert not same_weights(final_weights(small_run.output_dir), final_weights(other.output_dir))
+def test_every_option_changes_what_is_learned(plain, other_run, change):
+    finish(replace(other_run, **change))
+    assert not same_weights(plain.weights, final_weights(other_run.output_dir))
 
 
 def test_crops_are_centred_when_asked(small_run, tmp_path):
@@ -165,15 +174,13 @@ def test_crops_are_centred_when_asked(small_run, tmp_path):
     assert not same_weights(final_weights(options.output_dir), final_weights(tmp_path / "other"))
 
 
-def test_given_weights_are_the_start(small_run, tmp_path):
-    finish(small_run)
-    start = str(next(small_run.output_dir.iterdir()) / "final_model")
+def test_given_weights_are_the_start(plain, small_run):
+    start = str(plain.folder / "final_model")
     more = replace(
-        small_run, controlnet_model_name_or_path=start, learning_rate=0.0, max_steps=1,
-        output_dir=tmp_path / "more",
+        small_run, controlnet_model_name_or_path=start, learning_rate=0.0, max_steps=1
     )  # fmt: skip
     finish(more)
-    assert same_weights(final_weights(small_run.output_dir), final_weights(more.output_dir))
+    assert same_weights(plain.weights, final_weights(more.output_dir))
     with pytest.raises(UserError, match="was trained with conditioning masked-image/1"):
         finish(replace(more, conditioning="masked-image+mask"))
 
