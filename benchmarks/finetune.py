@@ -5,7 +5,7 @@
 The base has never seen a red cross. It learns one from twelve pictures, as a LoRA and in all its
 weights, with class pictures (painted by the base itself) and without. Then it is asked for red
 crosses on grounds it was not taught them on, and for what it knew before, in pictures that are
-wholly masked; the judge of the world says whether object and colour are right. Two more runs learn
+wholly masked; the judge of the world says whether object and colour are right. Two more arms learn
 two new objects, with a prompt for every picture and with one prompt for all.
 """
 
@@ -57,7 +57,8 @@ class Arm:
     @property
     def name(self) -> str:
         """What it is called in the table."""
-        prompts = ", one prompt" if self.prompt else ""
+        each = ", a prompt each" if len(self.pairs) > 1 else ""
+        prompts = ", one prompt" if self.prompt else each
         return f"{'LoRA' if self.lora else 'full'}, {'prior' if self.prior else 'alone'}{prompts}"
 
 
@@ -68,13 +69,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; they share the cores")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--lora_steps", type=int, default=1200)
+    parser.add_argument("--lora_rate", type=float, default=1.5e-3)
+    parser.add_argument("--full_steps", type=int, default=1400)
+    parser.add_argument("--full_rate", type=float, default=4.5e-4)
     parser.add_argument("--two_steps", type=int, default=600, help="of the runs with two objects")
-    parser.add_argument("--lora_rate", type=float, default=1.2e-3)
-    parser.add_argument("--full_rate", type=float, default=4e-4)
     parser.add_argument("--batch", type=int, default=6)
     parser.add_argument("--class_pictures", type=int, default=800)
-    parser.add_argument("--prior_loss_weight", type=float, default=1.5)
+    parser.add_argument("--guidance_scale", type=float, default=1.5)
     parser.add_argument("--asked", type=int, default=96, help="new objects asked for per run")
     parser.add_argument("--known", type=int, default=128, help="old prompts asked for per run")
     parser.add_argument("--only", nargs="+", choices=["concept", "two"])
@@ -107,26 +109,30 @@ def write_class(folder: Path, pipeline: Pipeline, count: int) -> Path:
     """Class pictures: what the base paints when it is asked for what it knows."""
     folder.mkdir(parents=True)
     truths = [OLD.draw(seed, (8, 8)).truth for seed in range(count)]
-    for number, picture in enumerate(ask(pipeline, truths, 10_000)):
+    for number, picture in enumerate(ask(pipeline, truths, SampleOptions(seed=10_000))):
         save_image(folder / f"{number:03d}.png", picture)
         (folder / f"{number:03d}.txt").write_text(truths[number].caption)
     return folder
 
 
-def ask(pipeline: Pipeline, truths: Sequence[Truth], seed: int) -> list[np.ndarray]:
+def ask(pipeline: Pipeline, truths: Sequence[Truth], asked: SampleOptions) -> list[np.ndarray]:
     """A wholly masked picture for each of `truths`."""
     blank, made = np.full((SIDE, SIDE, 3), 127, np.uint8), []
     for start in range(0, len(truths), GROUP):
         part = truths[start : start + GROUP]
         samples = [Sample(image=blank, mask=EVERYTHING, prompt=t.caption) for t in part]
         batch = collate(samples, pipeline.spec)
-        made += list(to_uint8(generate_batch(pipeline, batch, SampleOptions(seed=seed + start))))
+        made += list(
+            to_uint8(generate_batch(pipeline, batch, replace(asked, seed=asked.seed + start)))
+        )
     return made
 
 
-def accuracy(pipeline: Pipeline, truths: Sequence[Truth], seed: int) -> tuple[float, np.ndarray]:
+def accuracy(
+    pipeline: Pipeline, truths: Sequence[Truth], guidance: float
+) -> tuple[float, np.ndarray]:
     """The share of pictures that show what was asked for, and the first of them in a row."""
-    made = ask(pipeline, truths, seed)
+    made = ask(pipeline, truths, SampleOptions(seed=0, guidance_scale=guidance))
     verdicts = [judge(p, EVERYTHING, t, NEW) for p, t in zip(made, truths, strict=True)]
     return float(np.mean([v.colour and v.shape for v in verdicts])), grid([made[:8]])
 
@@ -135,8 +141,7 @@ def options_of(told: argparse.Namespace, arm: Arm, seed: int, data: Path) -> Fin
     """The run of one arm."""
     prior = (
         {"with_prior_preservation": True, "class_data_dir": data.parent / "class",
-         "class_prompt": "a shape", "num_class_images": told.class_pictures,
-         "prior_loss_weight": told.prior_loss_weight}
+         "class_prompt": "a shape", "num_class_images": told.class_pictures}
         if arm.prior
         else {}
     )  # fmt: skip
@@ -145,13 +150,18 @@ def options_of(told: argparse.Namespace, arm: Arm, seed: int, data: Path) -> Fin
     return FinetuneOptions(
         pretrained_model_name_or_path=told.base, instance_prompt=arm.prompt,
         instance_data_dir=str(data / ("bare" if arm.prompt else "new")), image_size=SIDE,
-        random_flip=True, mask_kinds=("full=6", "rectangles", "ellipse", "border"),
+        mask_kinds=("full=6", "rectangles", "ellipse", "border"),
         mask_area=(0.3, 0.9), batch_size=told.batch, learning_rate=rate, train_text_encoder=True,
         text_encoder_lr=rate / 5, lr_scheduler="cosine", lr_warmup_steps=10, ema_decay=0.99,
-        max_steps=told.steps if len(arm.pairs) == 1 else told.two_steps,
-        proportion_empty_prompts=0.1, num_workers=0, log_images_steps=0, save_steps=10**6,
+        max_steps=steps_of(told, arm), num_workers=0, log_images_steps=0, save_steps=10**6,
         seed=seed, output_dir=data / f"{arm.name}", **lora, **prior,
     )  # fmt: skip
+
+
+def steps_of(told: argparse.Namespace, arm: Arm) -> int:
+    """How long an arm learns; alone half as long, and still it forgets more."""
+    steps = told.lora_steps if arm.lora else told.full_steps
+    return told.two_steps if len(arm.pairs) > 1 else steps if arm.prior else steps // 2
 
 
 def learn(options: FinetuneOptions, base: str) -> Pipeline:
@@ -168,7 +178,7 @@ def run_arm(told: argparse.Namespace, arm: Arm, seed: int, data: Path) -> Result
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // told.jobs))
     pipeline, found = learn(options_of(told, arm, seed, data), told.base), {}
     for name, truths in asked_of(told, arm.pairs).items():
-        found[name], row = accuracy(pipeline, truths, 0)
+        found[name], row = accuracy(pipeline, truths, told.guidance_scale)
         if told.pictures:
             file = f"{arm.name} {name} {seed}.png".replace(", ", "-").replace(" ", "-")
             save_image(told.pictures / file, row)
@@ -187,7 +197,11 @@ def compare(told: argparse.Namespace, arms: Sequence[Arm]) -> Result:
     """Every arm for every seed, `told.jobs` at a time: the shares of new and of old objects."""
     before = load(told.base, device="cpu")
     asked = asked_of(told, arms[0].pairs).items()
-    found: Result = {"before": {name: [accuracy(before, truths, 0)[0]] for name, truths in asked}}
+    found: Result = {
+        "before": {
+            name: [accuracy(before, truths, told.guidance_scale)[0]] for name, truths in asked
+        }
+    }
     seeds = range(told.first_seed, told.first_seed + told.seeds)
     spawn = multiprocessing.get_context("spawn")
     with (

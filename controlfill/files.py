@@ -84,6 +84,8 @@ def write_folder(path: str | Path) -> Iterator[Path]:
 
 def check_empty(folder: Path, what: str) -> None:
     """Raise UserError when `folder`, which `what` shall be written to, holds something already."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; name a new folder for the {what}")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; name a new folder for the {what}")
 

@@ -80,6 +80,14 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
+def test_a_result_needs_a_new_folder(tmp_path):
+    (tmp_path / "x").touch()
+    for taken, words in ((tmp_path / "x", "x is a file; name a new folder"), (tmp_path, "not emp")):
+        with pytest.raises(UserError, match=words):
+            files.check_empty(taken, "result")
+    files.check_empty(tmp_path / "y", "result")
+
+
 def test_leftovers_of_killed_processes_go(tmp_path):
     (tmp_path / ".tmp-checkpoint-3-abc").mkdir()
     (tmp_path / "checkpoint-2").mkdir()

@@ -6,12 +6,14 @@
       texts.safetensors         all prompts, (N, tokens, width), and for SDXL their `pooled` words
                                 (N, width); their order is in index.json
 
-The index carries the encoders' hashes: other weights are refused, never mixed. Shards are opened as
-memory maps, so worker processes share them.
+The index carries the encoders' hashes and one of the pictures' names, sizes and times: others are
+refused, never mixed. Shards are opened as memory maps, so worker processes share them.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from controlfill.data.coco import CocoSource
 from controlfill.data.sample import Latents, Source
+from controlfill.data.sources import FolderSource
+from controlfill.data.tables import TableSource
 from controlfill.errors import UserError
 from controlfill.files import read_json
 from controlfill.options import DataOptions
@@ -112,11 +117,43 @@ def describe(where: str, source: Source, options: DataOptions, buckets: bool) ->
     """What a cache of `source` is made from, encoders apart; equal in caching and in training."""
     cuts = {name: getattr(options, name) for name in CUT_OPTIONS}
     about = {"version": VERSION, "data": where, "pictures": len(source)}
-    return {**about, **cuts, "aspect_ratio_buckets": buckets}
+    mark = hash_files(files_of(source, len(source)))
+    files = {"files": mark} if mark else {}
+    return {**about, **cuts, "aspect_ratio_buckets": buckets, **files}
+
+
+def files_of(source: Source, count: int) -> Iterator[Path]:
+    """The first `count` pictures and their masks; none where data has no files for them.
+
+    Captions are not among them: a prompt that no cache has is encoded when it is met.
+    """
+    if (inner := getattr(source, "source", None)) is not None:
+        yield from files_of(inner, count)
+    elif isinstance(source, FolderSource):
+        yield from source.files[:count]
+        yield from (source.masks[file] for file in source.files[:count] if source.masks)
+    elif isinstance(source, TableSource):
+        yield from (source.folder / source.images[i] for i in range(count))
+    elif isinstance(source, CocoSource):
+        yield from (source.image_dir / source.index.name(int(i)) for i in source.kept[:count])
+
+
+def hash_files(files: Iterator[Path]) -> str:
+    """A fingerprint of names, sizes and times (in seconds, as archives keep them); "" of none."""
+    digest, some = hashlib.sha256(), False
+    for file in files:
+        try:
+            state = file.stat()
+            told = f"{file.name} {state.st_size} {int(state.st_mtime)}"
+        except OSError:
+            told = f"{file.name} is absent"
+        digest.update(f"{told}\n".encode(errors="surrogateescape"))
+        some = True
+    return digest.hexdigest()[:16] if some else ""
 
 
 def open_cache(folder: Path, wanted: dict[str, Any]) -> Cache:
-    """The cache in `folder`. Raises UserError when it is none, or was made from something else.
+    """The cache in `folder`. Raises UserError for none, for half of one, and for a stale one.
 
     `wanted` is what the training would write into the index: data, cuts, encoders' hashes.
     """
@@ -126,11 +163,18 @@ def open_cache(folder: Path, wanted: dict[str, Any]) -> Cache:
         )
     index = read_json(folder / INDEX)
     check_fresh(index, wanted, folder)
+    has_texts = (folder / TEXTS).is_file()
+    # Indices without the mark are from before there was one: texts came last.
+    if not index.get("whole", has_texts or not index["prompts"]):
+        raise UserError(
+            f"the cache {folder} is not finished; `controlfill cache` with the options that it was "
+            "begun with goes on where it was"
+        )
     latents = LatentCache(
         folder=folder, shard_of=index["shards"], variants=index["made_from"]["variants"]
     )
     texts = None
-    if index["prompts"]:
+    if has_texts:
         with safe_open(folder / TEXTS, framework="pt") as file:
             kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         place = {prompt: i for i, prompt in enumerate(index["prompts"])}
@@ -141,9 +185,16 @@ def open_cache(folder: Path, wanted: dict[str, Any]) -> Cache:
 def check_fresh(index: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     """Raise UserError that names the first thing in which a cache differs from what is wanted."""
     made = index["made_from"]
-    for name, value in wanted.items():
-        if made.get(name) != value:
-            raise UserError(
-                f"the cache {folder} is stale: it was made with {name} {made.get(name)}, this run "
-                f"has {value}; run `controlfill cache` again into another --cache_dir"
-            )
+    if (name := first_change(made, wanted)) is not None:
+        raise UserError(
+            f"the cache {folder} is stale: it was made with {name} {made[name]}, this run has "
+            f"{wanted[name]}; run `controlfill cache` again into another --cache_dir"
+        )
+
+
+def first_change(made: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """The first thing in which two descriptions differ.
+
+    What `made` doesn't know, as caches from before files were looked at don't, is no difference.
+    """
+    return next((name for name, value in wanted.items() if made.get(name, value) != value), None)

@@ -19,7 +19,7 @@ class Worded:
     """A source of which every picture has a prompt, and none a hint.
 
     A picture without words of its own gets `prompt`; with {} in it, every picture gets it, its own
-    words in the place of the {}. Each counts `weight` in the loss.
+    words in the place of the {}. Each counts `weight` times what it does anyway in the loss.
     """
 
     def __init__(self, source: Source, prompt: str, weight: float = 1.0) -> None:
@@ -31,7 +31,8 @@ class Worded:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
-        return replace(say(self.source[index], self.prompt), weight=self.weight)
+        sample = say(self.source[index], self.prompt)
+        return replace(sample, weight=sample.weight * self.weight)
 
 
 class WordedStream(ShardStream):

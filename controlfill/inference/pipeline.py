@@ -147,15 +147,16 @@ def load(
     `base` is taken from its header when not given; one with an inpaint UNet of 9 or 8 channels also
     works without `control`, and so does `unet`, a file or folder of one, in the place of the base's
     own. Each of `loras`, FILE or FILE:scale, is added to the base's weights; the first one's base
-    is taken when none is given. `conditioning` is needed only for foreign weights, which don't say
-    what they were trained with. `where` is the `device`, the `engine` and the `mixed_precision`, as
-    `Where` has them. Raises UserError.
+    is taken when none is given, and so is a UNet that one was trained with. `conditioning` is
+    needed only for foreign weights, which don't say what they were trained with. `where` is the
+    `device`, the `engine` and the `mixed_precision`, as `Where` has them. Raises UserError.
     """
     asked = Where(**where)
     found = [find_lora(words) for words in loras]
-    if found and base is None and control is None:
-        base, own = choose_lora_base(found[0][0])
-        unet = unet or own
+    if found and base is None:
+        base = choose_lora_base(found[0][0], control)
+    if base is not None and unet is None:
+        unet = choose_lora_unet([file for file, _ in found], base)
     if control is None and unet is None and (base is None or base in embedded.CONTROLS):
         control = base or embedded.EMBEDDED
     if control is None:
@@ -193,12 +194,46 @@ def load_for(options: Any) -> Pipeline:
     )
 
 
-def choose_lora_base(file: Path) -> tuple[str, str | None]:
-    """The base that a LoRA was trained on, and the UNet in place of its own. Raises UserError."""
+def choose_lora_base(file: Path, control: str | None) -> str:
+    """The base that `control`, else the LoRA `file`, was trained on. Raises UserError."""
+    if control is not None:
+        weights = find_controlnet(control)
+        return choose_base(read_control_header(weights), None, weights)
     header = read_lora_header(file)
     if header is None:
         raise UserError(f"{file} does not say what base it was trained on; name it with --base")
-    return header.base, header.unet
+    return header.base
+
+
+def choose_lora_unet(files: Sequence[Path], base: str) -> str | None:
+    """The UNet that the first of the LoRAs `files` to name one had in the place of the base's own.
+
+    Raises UserError when that is no UNet for `base`, or is not there any more.
+    """
+    for file in files:
+        header = read_lora_header(file)
+        if header is None or header.unet is None:
+            continue
+        if not is_same_base(header.base, base):
+            raise UserError(
+                f"the LoRA {file} was trained with {header.unet} in the place of the UNet of "
+                f"{header.base}; to add it to {base}, name that or another UNet with --unet"
+            )
+        if not Path(header.unet).exists():
+            raise UserError(
+                f"the LoRA {file} was trained with {header.unet} in the place of the base's UNet, "
+                "which is there no more; name where it is now with --unet"
+            )
+        log.info("%s was trained with the UNet in %s, which is used too", file, header.unet)
+        return header.unet
+    return None
+
+
+def is_same_base(one: str, other: str) -> bool:
+    """Whether two names, hub ids or paths, are of one base."""
+    first, second = current_name(one), current_name(other)
+    there = Path(first).exists() and Path(second).exists()
+    return first == second or (there and Path(first).samefile(second))
 
 
 def place_networks(

@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from controlfill.errors import UserError
+from controlfill.files import read_json
 from controlfill.models import embedded
 from controlfill.models.configs import INPAINT_CHANNELS, PAIR_CHANNELS
 from controlfill.models.glid import count_channels, load_unet
+from controlfill.models.headers import own_config
 from controlfill.models.single_file import LEAST_WORDS, load_checkpoint
 from controlfill.models.text import Text
+from controlfill.models.weights import open_weights
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -243,7 +246,7 @@ def _open_file(name: str, inpainting: bool, unet: str | Path | None) -> dict[str
             found["tokenizer"],
             found["text_encoder"],
             second=(found["tokenizer_2"], found["text_encoder_2"]) if two else None,
-            empty_is_zero=two,
+            empty_is_zero=two and found["empty_is_zero"],
         ),
         "scheduler_config": found["scheduler"],
     }
@@ -251,9 +254,27 @@ def _open_file(name: str, inpainting: bool, unet: str | Path | None) -> dict[str
 
 def _other_unet(unet: str | Path, config: dict[str, Any], name: str, inpainting: bool) -> Any:
     """The UNet in `unet`, of the kind of the base's own, which has `config`."""
-    channels = {"in_channels": count_channels(Path(unet))}
-    check_unet(str(unet), config | channels, inpainting)
-    return load_unet(Path(unet), config, name)
+    path = Path(unet)
+    found = config | {"in_channels": count_channels(path)}
+    check_unet(str(unet), found, inpainting)
+    # One that says nothing is what the user takes it for.
+    check_kind(str(unet), found, lambda: told_pipeline(path) or "StableDiffusionPipeline")
+    return load_unet(path, config, name)
+
+
+def told_pipeline(path: Path) -> str | None:
+    """The class of the pipeline that the UNet in `path` says it belongs to; None where it doesn't.
+
+    A folder says so in its model_index.json, a safetensors file in its header.
+    """
+    part = path if path.is_dir() else path.parent
+    index = (part.parent if part.name == "unet" else path) / "model_index.json"
+    if index.is_file():
+        return read_json(index).get("_class_name")
+    if path.suffix not in (".safetensors", ".sft"):
+        return None
+    with open_weights(path) as weights:
+        return (own_config(weights, "pipeline") or {}).get("_class_name")
 
 
 def _load_text(where: str, two: bool) -> Text:

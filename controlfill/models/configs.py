@@ -42,6 +42,8 @@ CLIP = {"hidden_act": "quick_gelu", "projection_dim": 768}
 OPEN_CLIP = {"hidden_act": "gelu", "projection_dim": 512}
 # ComfyUI's rule: this bias of SD 2 is spread wider where v is predicted.
 V_BIAS, V_SPREAD = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
+# Empty tensors by which A1111 and ComfyUI know v-prediction and zero terminal SNR.
+MARKS = ("v_pred", "ztsnr")
 # What a header says of a UNet's prediction, in its own words.
 SPEC_KEY = "modelspec.prediction_type"
 SPECS = {"v_prediction": "v"}
@@ -213,18 +215,40 @@ def scheduler_config(prediction_type: str, zero_snr: bool) -> Config:
 
 def marked_prediction(weights: Weights, view: Weights, family: str) -> str | None:
     """What a file says that its UNet (`view`) predicts: by mark, header or SD 2's bias."""
-    spec = weights.metadata.get(SPEC_KEY, "")
-    if "v_pred" in weights or spec.startswith("v"):
+    spec = spec_prediction(weights.metadata)
+    if "v_pred" in weights or spec == "v_prediction":
         return "v_prediction"
-    plain = family == "sd2" and view.shape("input_blocks.0.0.weight")[1] == 4
-    if plain and not spec and V_BIAS in view:
+    plain = V_BIAS in view and view.shape("input_blocks.0.0.weight")[1] == PLAIN_CHANNELS
+    if plain and family == "sd2" and SPEC_KEY not in weights.metadata:
         spread = torch.std(view[V_BIAS].float(), unbiased=False)
         return "v_prediction" if spread > V_SPREAD else "epsilon"
-    return "epsilon" if spec.startswith("eps") else None
+    return spec
 
 
-def pipeline_class(channels: int, two: bool) -> str:
-    """diffusers' pipeline of a UNet of so many channels, `two` text encoders or one beside it."""
+def spec_prediction(metadata: dict[str, str]) -> str | None:
+    """What a header says in its own words that a UNet predicts."""
+    words = {"v": "v_prediction", "eps": "epsilon"}
+    spec = metadata.get(SPEC_KEY, "")
+    return next((found for start, found in words.items() if spec.startswith(start)), None)
+
+
+def check_channels(where: str, config: Config) -> None:
+    """Raise UserError unless a pipeline's UNet takes what one known here does."""
+    channels = config.get("in_channels", PLAIN_CHANNELS)
+    if channels not in (config.get("out_channels", PLAIN_CHANNELS), *TASKS):
+        raise UserError(
+            f"{where}: its UNet takes {channels} channels, as that of SD 2's depth model (5) or "
+            "upscaler (7) does; whole models whose UNet takes 4, 8 or 9 are known here"
+        )
+
+
+def pipeline_class(channels: int, two: bool, told: str = "") -> str:
+    """diffusers' pipeline of a UNet of so many channels, `two` text encoders or one beside it.
+
+    Where channels don't tell, it is the one that is `told`.
+    """
+    if told and channels == PAIR_CHANNELS:
+        return told
     return f"StableDiffusion{'XL' if two else ''}{TASKS.get(channels, '')}Pipeline"
 
 
@@ -233,10 +257,14 @@ def told_prediction(weights: Weights, view: Weights, family: str) -> str:
     return marked_prediction(weights, view, family) or "epsilon"
 
 
+def is_pipeline(name: object) -> bool:
+    """Whether this is the class of a pipeline known here."""
+    known = (PLAIN_CHANNELS, *TASKS)
+    return name in [pipeline_class(channels, two) for channels in known for two in (False, True)]
+
+
 def marks(scheduler: Config) -> Weights:
     """The empty tensors by which A1111 and ComfyUI know v-prediction and zero terminal SNR."""
-    wanted = {
-        "v_pred": scheduler.get("prediction_type") == "v_prediction",
-        "ztsnr": bool(scheduler.get("rescale_betas_zero_snr")),
-    }
+    v = scheduler.get("prediction_type") == "v_prediction"
+    wanted = dict(zip(MARKS, (v, bool(scheduler.get("rescale_betas_zero_snr"))), strict=True))
     return InMemory({name: torch.zeros(0) for name, there in wanted.items() if there})

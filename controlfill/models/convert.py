@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,11 @@ from controlfill.errors import UserError
 from controlfill.files import check_empty, write_folder, write_json
 from controlfill.models import configs, embedded
 from controlfill.models.controlnet import AVERAGE, find_controlnet
-from controlfill.models.formats import (
-    CONFIG_KEY,
-    CONFIGS_KEY,
-    HEADER_KEY,
-    Model,
-    Told,
-    as_original,
-    open_model,
-)
+from controlfill.models.formats import Model, Told, as_original, open_model
+from controlfill.models.headers import CONFIG_KEY, CONFIGS_KEY, HEADER_KEY, ZEROS, spec
 from controlfill.models.layout import Cast, InMemory, Renamed, Together, save
-from controlfill.models.lora_names import (
-    ADAPTER_KEY,
-    adapter_metadata,
-    from_kohya,
-    pairs,
-    to_kohya,
-)
+from controlfill.models.lora_alphas import ADAPTER_KEY, adapter_metadata, read_adapter
+from controlfill.models.lora_names import from_kohya, pairs, to_kohya
 from controlfill.models.recognise import CONTROL, UNET, VAE, recognise
 from controlfill.models.single_file import Tokenizers, find_tokenizers
 from controlfill.models.weights import Weights, find_weights, open_weights
@@ -68,20 +56,35 @@ def convert(options: ConvertOptions, report: Report | None = None) -> Converted:
         if options.layout not in (None, "diffusers"):
             raise UserError(f"--layout {options.layout} is one file; name a .safetensors file")
         check_empty(out, "converted model")
+    told = Told(config_from=options.config_from, prediction_type=options.prediction_type)
     if source.is_file():
         weights = open_weights(source)
         what = recognise(weights)
         if what.kind == "lora":
+            check_used(options, "lora", source)
             return convert_lora(source, weights, options)
         if what.kind == "checkpoint" and in_file and options.layout != "diffusers":
-            return copy_checkpoint(weights, what.family, options, report)
-    model = open_model(
-        source, Told(config_from=options.config_from, prediction_type=options.prediction_type)
-    )
+            check_used(options, "checkpoint", source)
+            model = open_model(source, told) if options.config_from else None
+            return copy_checkpoint(weights, what.family, options, report, model)
+    model = open_model(source, told)
+    check_used(options, model.kind, source)
     model = predicting(model, options.prediction_type)
     if in_file:
         return write_single(model, options, report)
     return write_diffusers(model, source, options, report)
+
+
+def check_used(options: ConvertOptions, kind: str, source: Path) -> None:
+    """Raise UserError for options that would do nothing for such a source and result."""
+    into = "file" if options.out.suffix in FILES else "folder"
+    case = (kind, "file" if source.is_file() else "folder", into)
+    for name, (cases, words) in USED_BY.items():
+        if getattr(options, name) is not None and case not in cases:
+            raise UserError(
+                f"--{name} is for {words}; of {describe(kind, '')} from a {case[1]} into a {into} "
+                "it changes nothing"
+            )
 
 
 def find_source(path: Path) -> Path:
@@ -107,7 +110,7 @@ def predicting(model: Model, prediction_type: str | None) -> Model:
         )
     if model.kind == "checkpoint" and prediction_type:
         model.configs["scheduler"]["prediction_type"] = prediction_type
-    return model
+    return replace(model, prediction=prediction_type) if prediction_type else model
 
 
 def write_single(model: Model, options: ConvertOptions, report: Report) -> Converted:
@@ -124,7 +127,8 @@ def write_single(model: Model, options: ConvertOptions, report: Report) -> Conve
     else:
         about[CONFIGS_KEY] = json.dumps(plain_configs(model), default=str)
     if model.kind == "unet" or configs.SPEC_KEY in about:
-        about |= said(options.prediction_type)
+        schedule = model.configs.get("scheduler", {})
+        about |= spec(model.prediction or schedule.get("prediction_type"))
     count = write(weights, options, about, report)
     what = f"{describe(model.kind, model.family)} in the {layout} layout"
     return Converted(options.out, what, count, model.notes)
@@ -167,16 +171,21 @@ def lone_weights(model: Model, layout: Layout) -> Weights:
 
 
 def copy_checkpoint(
-    weights: Weights, family: str, options: ConvertOptions, report: Report
+    weights: Weights, family: str, options: ConvertOptions, report: Report, model: Model | None
 ) -> Converted:
-    """Write a single-file checkpoint as another, every tensor of it, in another number format."""
+    """Write a single-file checkpoint as another, every tensor of it, in another number format.
+
+    `model` is the same opened, where its configs are told and written into the header.
+    """
     about = {k: v for k, v in weights.metadata.items() if k != "format"}
+    if model:
+        about[CONFIGS_KEY] = json.dumps(plain_configs(model), default=str)
     if options.prediction_type and CONFIGS_KEY in about:
         told = json.loads(about[CONFIGS_KEY])
         if "scheduler" in told:
             told["scheduler"]["prediction_type"] = options.prediction_type
         about[CONFIGS_KEY] = json.dumps(told)
-    about |= said(options.prediction_type)
+    about |= spec(options.prediction_type)
     if options.prediction_type == "epsilon":
         weights = Renamed(weights, {name: name for name in weights.names if name != "v_pred"})
     wanted = configs.marks({"prediction_type": options.prediction_type})
@@ -184,15 +193,6 @@ def copy_checkpoint(
     both = Together([("", weights), ("", InMemory({name: wanted[name] for name in extra}))])
     count = write(both, options, about, report)
     return Converted(options.out, f"{describe('checkpoint', family)} in the original layout", count)
-
-
-def said(prediction_type: str | None) -> dict[str, str]:
-    """What a header says of what the user says that a UNet predicts."""
-    return (
-        {configs.SPEC_KEY: configs.SPECS.get(prediction_type, prediction_type)}
-        if prediction_type
-        else {}
-    )
 
 
 def write(weights: Weights, options: ConvertOptions, about: dict[str, str], report: Report) -> int:
@@ -231,9 +231,7 @@ def write_diffusers(
             name = "model.safetensors" if text else "diffusion_pytorch_model.safetensors"
             about = carried(weights.metadata)
             if model.kind == "unet":
-                # Nothing else in the folder says what it predicts.
-                spec = {k: v for k, v in weights.metadata.items() if k == configs.SPEC_KEY}
-                about |= spec | said(options.prediction_type)
+                about |= spec(model.prediction)  # nothing else in the folder says it
             save(cast, place / name, about, told)
             write_json(place / "config.json", plain_config(model.configs[part], options.dtype))
         if tokenizers:
@@ -254,20 +252,14 @@ def plain_config(config: configs.Config, dtype: str) -> configs.Config:
     return {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
 
 
-def pipeline_class(model: Model) -> str:
-    """What a pipeline is called: after its channels, and where these don't tell as it was."""
-    channels = model.configs["unet"].get("in_channels", 4)
-    if channels == configs.PAIR_CHANNELS and model.pipeline:
-        return model.pipeline
-    return configs.pipeline_class(channels, "text_encoder_2" in model.parts)
-
-
 def plain_configs(model: Model) -> dict[str, Any]:
-    """What a header says: configs, and the pipeline where the UNet's channels don't tell it."""
-    told = dict(model.configs)
+    """What a header says: configs, and of the pipeline what neither channels nor defaults tell."""
+    pipeline: dict[str, Any] = {}
     if model.configs.get("unet", {}).get("in_channels") == configs.PAIR_CHANNELS and model.pipeline:
-        told["pipeline"] = {"_class_name": model.pipeline}
-    return told
+        pipeline["_class_name"] = model.pipeline
+    if not model.empty_is_zero:
+        pipeline[ZEROS] = False
+    return model.configs | ({"pipeline": pipeline} if pipeline else {})
 
 
 def write_pipeline(model: Model, tokenizers: Tokenizers, folder: Path) -> None:
@@ -281,7 +273,7 @@ def write_pipeline(model: Model, tokenizers: Tokenizers, folder: Path) -> None:
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     two = "text_encoder_2" in model.parts
     index: dict[str, Any] = {
-        "_class_name": pipeline_class(model),
+        "_class_name": model.pipeline,
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -295,7 +287,7 @@ def write_pipeline(model: Model, tokenizers: Tokenizers, folder: Path) -> None:
         index |= {
             "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
             "tokenizer_2": ["transformers", "CLIPTokenizer"],
-            "force_zeros_for_empty_prompt": True,
+            ZEROS: model.empty_is_zero,
         }
     else:
         index |= {"safety_checker": [None, None], "requires_safety_checker": False}
@@ -310,21 +302,26 @@ def convert_lora(source: Path, weights: Weights, options: ConvertOptions) -> Con
         raise UserError("a LoRA has kohya's or diffusers' names; give --layout kohya or diffusers")
     if options.prediction_type:
         raise UserError("--prediction_type is for checkpoints and UNets; this is a LoRA")
-    state = {name: weights[name] for name in weights.names}
+    dtype = DTYPES[options.dtype]
+    # What alphas make of numbers may need the format that is written.
+    wide = Cast(weights, dtype and torch.float32)
+    state = {name: wide[name] for name in weights.names}
     about = {k: v for k, v in weights.metadata.items() if k not in ("format", ADAPTER_KEY)}
     try:
-        parts = {module.partition(".")[0] for module in pairs(state)}
+        found = pairs(state)
+        told = adapter_metadata(source, weights.metadata, {m.partition(".")[0] for m in found})
+        # Alphas stay in the header, all of them, or are all multiplied into the matrices.
+        kept = layout == "diffusers" and all(alpha is None for *_, alpha in found.values())
+        if kept and (adapter := read_adapter(told)):
+            about[ADAPTER_KEY] = json.dumps(adapter)
+        rest = {} if kept else told
+        plain = from_kohya(state, rest) if layout == "diffusers" else to_kohya(state, rest)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    told = adapter_metadata(source, weights.metadata, parts)
-    plain = from_kohya(state) if layout == "diffusers" else to_kohya(state, told)
-    # Alphas that are tensors are in the matrices now, and must not be told again.
-    kept = layout == "diffusers" and not any(name.endswith(".alpha") for name in state)
-    if kept and told.get(ADAPTER_KEY):
-        about[ADAPTER_KEY] = told[ADAPTER_KEY]
-    cast = Cast(InMemory(plain), DTYPES[options.dtype])
+    cast = Cast(InMemory(plain), dtype)
+    tensors = {n: t if n.endswith(".alpha") else cast[n] for n, t in plain.items()}
     out = options.out if in_file else options.out / LORA_FILE
-    save(cast, out, about)
+    save(InMemory(tensors), out, about)
     return Converted(out, f"a LoRA under {layout} names", len(plain))
 
 
@@ -333,4 +330,18 @@ def describe(kind: str, family: str) -> str:
     return f"a {KINDS[kind]}{f' of {family}' if family else ''}"
 
 
-KINDS = {"checkpoint": "checkpoint", "controlnet": "ControlNet", "unet": "UNet", "vae": "VAE"}
+KINDS = {
+    "checkpoint": "checkpoint", "controlnet": "ControlNet", "unet": "UNet", "vae": "VAE",
+    "lora": "LoRA",
+}  # fmt: skip
+# Options, with the kinds, sources and results for which they do anything.
+USED_BY = {
+    "tokenizer": (
+        {("checkpoint", "file", "folder"), ("checkpoint", "folder", "folder")},
+        "checkpoints that become folders",
+    ),
+    "config_from": (
+        {(kind, "file", into) for kind in KINDS if kind != "lora" for into in ("file", "folder")},
+        "checkpoints, ControlNets, UNets and VAEs in single files",
+    ),
+}

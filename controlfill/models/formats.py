@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,23 @@ from controlfill.errors import UserError
 from controlfill.files import read_json
 from controlfill.models import configs
 from controlfill.models.configs import Config
-from controlfill.models.layout import AsDiffusers, AsOriginal, InMemory, Renamed, Row, check_names
+from controlfill.models.headers import (
+    CONFIG_KEY,
+    HEADER_KEY,
+    ZEROS,
+    file_prediction,
+    own_config,
+    own_pipeline,
+)
+from controlfill.models.layout import (
+    AsDiffusers,
+    AsOriginal,
+    InMemory,
+    Renamed,
+    Row,
+    check_names,
+    without_prefix,
+)
 from controlfill.models.layout_text import NESTED, clip_rows, full_name, open_clip_rows
 from controlfill.models.layout_unet import unet_rows
 from controlfill.models.layout_vae import newer_name, vae_rows
@@ -34,10 +50,6 @@ from controlfill.models.recognise import (
 )
 from controlfill.models.weights import Weights, open_weights, unpickle
 
-# What our own files say of themselves in their header, besides what a ControlNet was trained on.
-HEADER_KEY = "controlfill"
-CONFIG_KEY = "controlnet_config"
-CONFIGS_KEY = "controlfill_configs"
 KINDS: dict[str, Kind] = {
     "UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "ControlNetModel": "controlnet",
 }  # fmt: skip
@@ -50,7 +62,8 @@ class Model:
     """A checkpoint, ControlNet, UNet or autoencoder. `parts` have diffusers' names and shapes.
 
     `configs` are those of the parts, and for a checkpoint that of its `scheduler`; `pipeline` is
-    the class of a checkpoint's pipeline.
+    the class of its pipeline, `empty_is_zero` says what SDXL makes of an empty prompt, and
+    `prediction` what a UNet alone says that it predicts.
     """
 
     kind: Kind
@@ -61,6 +74,8 @@ class Model:
     metadata: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     pipeline: str = ""
+    empty_is_zero: bool = True
+    prediction: str | None = None
 
     def state(self, part: str) -> dict[str, Tensor]:
         """All tensors of a part, read now."""
@@ -142,10 +157,13 @@ def _open_pipeline(folder: Path) -> Model:
     for part in ("unet", "vae", *texts):
         about[part] = read_json(folder / part / "config.json")
         parts[part] = _plain_names(open_weights(folder / part), part)
+    configs.check_channels(str(folder), about["unet"])
+    channels, told = about["unet"].get("in_channels", 4), str(index.get("_class_name", ""))
     return Model(
         kind="checkpoint", layout="diffusers", family=family(parts["unet"]), parts=parts,
         configs=about, metadata=parts["unet"].metadata,
-        pipeline=str(index.get("_class_name", "")),
+        pipeline=configs.pipeline_class(channels, "text_encoder_2" in parts, told),
+        empty_is_zero=bool(index.get(ZEROS, True)),
     )  # fmt: skip
 
 
@@ -158,7 +176,8 @@ def open_network(folder: Path, config: Config) -> Model:
             "bases, UNets, autoencoders and ControlNets are converted"
         )
     weights = open_weights(folder)
-    return _lone(kind, "diffusers", _plain_names(weights, kind), config)
+    model = _lone(kind, "diffusers", _plain_names(weights, kind), config)
+    return replace(model, prediction=file_prediction(weights) if kind == "unet" else None)
 
 
 def _lone(kind: Kind, layout: NameLayout, weights: Weights, config: Config) -> Model:
@@ -179,16 +198,22 @@ def _open_single(path: Path, weights: Weights, what: What, told: Told) -> Model:
     """A file of one network under any names."""
     kind = what.kind
     config = told.config(kind) or own_config(weights, kind)
+    # Asked of the whole file: marks have no prefix.
+    says = told.prediction_type or file_prediction(weights) if kind == "unet" else None
+    plain = Renamed(weights, {name: name for name in weights.names if name not in configs.MARKS})
     if what.layout == "diffusers":
-        named = _plain_names(weights, kind)
+        named = _plain_names(plain, kind)
         config = config or _config_beside(path, kind)
         config = config or read_config(as_original(named, kind), what, told)
         check_names(named, part_shapes(kind, config), str(path))
-        return _lone(kind, what.layout, named, config)
-    view = without_prefix(weights, what.prefix)
-    config = config or read_config(view, what, told)
-    converted, _ = to_diffusers(view, kind, config, str(path))
-    return _lone(kind, what.layout, converted, config)
+        model = _lone(kind, what.layout, named, config)
+        return replace(model, prediction=says, pipeline=own_pipeline(weights))
+    view = without_prefix(plain, what.prefix)
+    config = config or read_config(view, what, replace(told, prediction_type=says))
+    converted, used = to_diffusers(view, kind, config, str(path))
+    notes = _left_out(weights, used)
+    model = _lone(kind, what.layout, converted, config)
+    return replace(model, notes=notes, prediction=says, pipeline=own_pipeline(weights))
 
 
 def _config_beside(path: Path, kind: Kind) -> Config | None:
@@ -198,24 +223,13 @@ def _config_beside(path: Path, kind: Kind) -> Config | None:
     return config if KINDS.get(config.get("_class_name", "")) == kind else None
 
 
-def own_config(weights: Weights, kind: str) -> Config | None:
-    """The config that a file of ours carries in its header."""
-    try:
-        if kind == "controlnet" and CONFIG_KEY in weights.metadata:
-            return json.loads(weights.metadata[CONFIG_KEY])
-        return json.loads(weights.metadata.get(CONFIGS_KEY, "{}")).get(kind)
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"the header of the file is damaged: {error}") from error
-
-
 def read_config(view: Weights, what: What, told: Told) -> Config:
     """The config of a lone network with original names, by its shapes."""
     if what.kind == "vae":
         return configs.vae_config(view, what.family)
     if what.kind == "controlnet":
         return configs.controlnet_config(view, what.family, told.config("unet"))
-    prediction = told.prediction_type or configs.told_prediction(view, view, what.family)
-    return configs.unet_config(view, what.family, prediction)
+    return configs.unet_config(view, what.family, told.prediction_type or "epsilon")
 
 
 def _open_checkpoint(path: Path, weights: Weights, told: Told) -> Model:
@@ -235,15 +249,16 @@ def _open_checkpoint(path: Path, weights: Weights, told: Told) -> Model:
         about[part] = config or _shape_config(view, part, what.family, opened, scheduler)
         parts[part], count = to_diffusers(view, part, about[part], str(path), opened)
         used += count
-    own = (own_config(weights, "pipeline") or {}).get("_class_name")
-    channels = about["unet"].get("in_channels", 4)
+    configs.check_channels(str(path), about["unet"])
+    channels, named = about["unet"].get("in_channels", 4), own_pipeline(weights)
     notes = _left_out(weights, used)
-    if channels == configs.PAIR_CHANNELS and not own:
+    if channels == configs.PAIR_CHANNELS and not named:
         notes = (*notes, "a UNet of 8 channels that says nothing is taken for InstructPix2Pix's")
     return Model(
         kind="checkpoint", layout="original", family=what.family, parts=parts, configs=about,
         metadata=weights.metadata, notes=notes,
-        pipeline=own or configs.pipeline_class(channels, "text_encoder_2" in parts),
+        pipeline=configs.pipeline_class(channels, "text_encoder_2" in parts, named),
+        empty_is_zero=bool((own_config(weights, "pipeline") or {}).get(ZEROS, True)),
     )  # fmt: skip
 
 
@@ -282,7 +297,7 @@ def _shape_config(view: Weights, part: str, base: str, opened: bool, scheduler: 
 def _left_out(weights: Weights, used: int) -> tuple[str, ...]:
     """Lines about what a checkpoint has and diffusers has no place for."""
     averages = [name for name in weights.names if name.startswith("model_ema.")]
-    marks = sum(name in weights for name in ("v_pred", "ztsnr"))
+    marks = sum(name in weights for name in configs.MARKS)
     others = len(weights.names) - used - len(averages) - marks
     lines = []
     if averages:
@@ -290,11 +305,6 @@ def _left_out(weights: Weights, used: int) -> tuple[str, ...]:
     if others:
         lines.append(f"left out {others} tensors that diffusers has no place for")
     return tuple(lines)
-
-
-def without_prefix(weights: Weights, prefix: str) -> Weights:
-    """The tensors whose names start with `prefix`, without it."""
-    return Renamed(weights, {n[len(prefix) :]: n for n in weights.names if n.startswith(prefix)})
 
 
 def to_diffusers(

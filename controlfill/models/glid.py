@@ -18,12 +18,14 @@ import torch
 from controlfill.errors import UserError
 from controlfill.files import check_empty, read_json, write_folder, write_json
 from controlfill.models.configs import (
-    INPAINT_CHANNELS,
+    MARKS,
     PAIR_CHANNELS,
     PLAIN_CHANNELS,
+    is_pipeline,
     pipeline_class,
+    spec_prediction,
 )
-from controlfill.models.formats import CONFIGS_KEY
+from controlfill.models.headers import CONFIGS_KEY, ZEROS, file_prediction, said_prediction, spec
 from controlfill.models.layout import (
     AsDiffusers,
     AsOriginal,
@@ -33,12 +35,12 @@ from controlfill.models.layout import (
     save,
 )
 from controlfill.models.layout_unet import unet_rows
+from controlfill.models.recognise import UNET, text_parts
 from controlfill.models.weights import Weights, open_weights
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-PREFIX = "model.diffusion_model."
 # A checkpoint's own average of its UNet, which a new UNet makes stale.
 AVERAGE = "model_ema."
 # The first convolution in either layout; it alone tells how many channels go in.
@@ -63,19 +65,21 @@ def join(checkpoint: Path, unet: Path, out: Path) -> int:
     """Write `checkpoint`, a file or a diffusers folder, with `unet` in the place of its own.
 
     Returns how many tensors the UNet has. It may take other channels than the old one, such as 8
-    or 9 instead of 4; averages of the old one are left out. Raises UserError when it does not fit.
+    or 9 instead of 4; averages of the old one are left out. Raises UserError when it does not fit
+    or says that it predicts something else.
     """
     if Path(checkpoint).is_dir():
         return join_folder(checkpoint, unet, out)
     check_file(out)
     with open_weights(checkpoint) as whole, open_unet(unet) as new:
         fresh = as_original(new)
-        own = {name: whole.shape(PREFIX + name) for name in names_behind(whole, PREFIX)}
+        own = {name: whole.shape(UNET + name) for name in names_behind(whole, UNET)}
         if FIRST not in own:
-            raise UserError(f"{checkpoint} is no whole checkpoint: it lacks {PREFIX}{FIRST}")
+            raise UserError(f"{checkpoint} is no whole checkpoint: it lacks {UNET}{FIRST}")
         check_fits(fresh, own, unet, str(checkpoint))
-        others = [name for name in whole.names if not name.startswith((PREFIX, AVERAGE))]
-        parts = [("", Renamed(whole, {name: name for name in others})), (PREFIX, fresh)]
+        check_prediction(str(checkpoint), file_prediction(whole), unet, new)
+        others = [name for name in whole.names if not name.startswith((UNET, AVERAGE))]
+        parts = [("", Renamed(whole, {name: name for name in others})), (UNET, fresh)]
         channels = fresh.shape(FIRST)[1]
         about = with_channels(described(whole), channels)
         save(Together(parts), out, with_pipeline(about, whole, channels))
@@ -84,21 +88,53 @@ def join(checkpoint: Path, unet: Path, out: Path) -> int:
 
 def join_folder(base: Path, unet: Path, out: Path) -> int:
     """The same for a diffusers folder. Raises UserError when `out` holds something already."""
-    # It imports the loaders of bases, which import this module.
-    from controlfill.models.merge_sources import describe_inpaint
-
     check_empty(out, "joined base")
     config = read_json(base / "unet" / "config.json")
     with open_unet(unet) as new:
         seen = as_diffusers(new, config, unet, str(base))
+        check_prediction(str(base), folder_prediction(base), unet, new)
         channels = seen.shape(FIRST_DIFFUSERS)[1]
         with write_folder(out) as folder:
             shutil.copytree(base, folder, dirs_exist_ok=True, ignore=ignore_unet(base))
             write_json(folder / "unet" / "config.json", config | {"in_channels": channels})
             save(seen, folder / "unet" / WEIGHTS, described(new))
-            if channels == INPAINT_CHANNELS:
-                describe_inpaint(folder, "unet")
+            describe_pipeline(folder, channels)
         return len(seen.names)
+
+
+def describe_pipeline(folder: Path, channels: int) -> None:
+    """Let the index of a folder name the pipeline of a UNet that takes so many channels."""
+    file = folder / "model_index.json"
+    index = read_json(file) if file.is_file() else {}
+    if is_pipeline(index.get("_class_name")):
+        two = bool((index.get("text_encoder_2") or [None])[0])
+        write_json(file, index | {"_class_name": joined_class(channels, two)})
+
+
+def joined_class(channels: int, two: bool) -> str:
+    """The pipeline of a UNet that was joined: one of 8 channels is glid-3-xl-stable's.
+
+    diffusers has no pipeline that would fill holes with it.
+    """
+    return pipeline_class(PLAIN_CHANNELS if channels == PAIR_CHANNELS else channels, two)
+
+
+def check_prediction(base: str, wanted: str | None, path: Path, unet: Weights) -> None:
+    """Raise UserError when the UNet in `path` says that it predicts other than the base does."""
+    found = spec_prediction(unet.metadata)
+    if wanted and found and wanted != found:
+        raise UserError(
+            f"{base} predicts {wanted}, {path} {found}; with the other's noise schedule it would "
+            "paint noise (`controlfill convert` with --prediction_type makes a file that says "
+            "what it predicts)"
+        )
+
+
+def folder_prediction(folder: Path) -> str | None:
+    """What the UNet of a diffusers folder predicts, by its scheduler; None where it has none."""
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    # diffusers takes a missing key for epsilon.
+    return read_json(scheduler).get("prediction_type", "epsilon") if scheduler.is_file() else None
 
 
 def ignore_unet(base: Path) -> Any:
@@ -130,13 +166,16 @@ def open_unet(path: Path) -> Iterator[Weights]:
     """The tensors of the UNet in `path`, by their names without a prefix.
 
     `path` is a file (a UNet alone or a whole checkpoint, safetensors or pickled), a UNet's folder,
-    or a diffusers folder that has one. Raises UserError when there is none.
+    or a diffusers folder that has one. The header that it comes with says what it predicts, if
+    anything does. Raises UserError when there is none.
     """
-    path = Path(path)
-    path = path / "unet" if (path / "unet").is_dir() else path
+    told = folder_prediction(Path(path))
+    path = Path(path) / "unet" if (Path(path) / "unet").is_dir() else Path(path)
     with open_weights(path) as weights:
-        inner = names_behind(weights, PREFIX)
-        seen = Renamed(weights, {name: PREFIX + name for name in inner}) if inner else weights
+        inner = {name: UNET + name for name in names_behind(weights, UNET)}
+        plain = {name: name for name in weights.names if name not in MARKS}
+        seen = Renamed(weights, inner or plain)
+        seen.metadata = weights.metadata | spec(told or said_prediction(weights))
         if FIRST not in seen and FIRST_DIFFUSERS not in seen:
             raise UserError(
                 f"{path} holds no UNet of Stable Diffusion: it has neither {FIRST} nor "
@@ -208,7 +247,9 @@ def with_channels(about: dict[str, str], channels: int) -> dict[str, str]:
     configs = json.loads(about[CONFIGS_KEY])
     if "unet" in configs:
         configs["unet"] |= {"in_channels": channels}
-    configs.pop("pipeline", None)  # it was that of the other UNet
+    pipeline = configs.pop("pipeline", None)  # its class was that of the other UNet
+    if isinstance(pipeline, dict) and ZEROS in pipeline:
+        configs["pipeline"] = {ZEROS: pipeline[ZEROS]}
     return about | {CONFIGS_KEY: json.dumps(configs)}
 
 
@@ -216,10 +257,9 @@ def with_pipeline(about: dict[str, str], whole: Weights, channels: int) -> dict[
     """A header that also tells glid-3-xl-stable's UNet from InstructPix2Pix's."""
     if channels != PAIR_CHANNELS:
         return about
-    two = any(name.startswith("conditioner.") for name in whole.names)
-    # diffusers has no pipeline that would fill holes with it.
-    pipeline = {"_class_name": pipeline_class(PLAIN_CHANNELS, two)}
-    told = json.loads(about.get(CONFIGS_KEY, "{}")) | {"pipeline": pipeline}
+    two = "text_encoder_2" in text_parts(whole.names)
+    told = json.loads(about.get(CONFIGS_KEY, "{}"))
+    told["pipeline"] = told.get("pipeline", {}) | {"_class_name": joined_class(channels, two)}
     return about | {CONFIGS_KEY: json.dumps(told)}
 
 

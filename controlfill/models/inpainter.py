@@ -30,7 +30,8 @@ PARTS = {"unet.": "unet.", "encoders.0.": "text_encoder.", "encoders.1.": "text_
 class TunedHeader:
     """What fine-tuned weights say of themselves.
 
-    `unet` is a file or folder whose UNet took the place of the base's own, `rank` that of a LoRA.
+    `unet` is a file or folder whose UNet took the place of the base's own, as a whole path; `rank`
+    that of a LoRA.
     """
 
     base: str

@@ -48,6 +48,11 @@ class Renamed(Weights):
         return self._source[self._names[name]]
 
 
+def without_prefix(weights: Weights, prefix: str) -> Weights:
+    """The tensors whose names start with `prefix`, without it."""
+    return Renamed(weights, {n[len(prefix) :]: n for n in weights.names if n.startswith(prefix)})
+
+
 class AsDiffusers(Weights):
     """A network in the original layout, as diffusers names and shapes it."""
 

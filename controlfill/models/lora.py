@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,14 +23,8 @@ from controlfill.files import read_header
 from controlfill.models.bundle import Bundle, current_name
 from controlfill.models.controlnet import HEADER_KEY
 from controlfill.models.inpainter import PARTS, Inpainter, TunedHeader, unread_parts
-from controlfill.models.lora_names import (
-    ADAPTER_KEY,
-    adapter_metadata,
-    pairs,
-    read_alphas,
-    rooted,
-    to_kohya,
-)
+from controlfill.models.lora_alphas import ADAPTER_KEY, adapter_metadata, read_alphas
+from controlfill.models.lora_names import pairs, to_kohya
 from controlfill.models.merge_sources import is_finite
 from controlfill.models.weights import open_weights
 
@@ -166,18 +161,27 @@ def read_pairs(file: Path) -> list[tuple[str, Tensor, Tensor, float]]:
     read = []
     for layer, (down, up, alpha) in found.items():
         rank = len(down)
-        size = told(layer, rank) * rooted(about, layer, rank) if alpha is None else alpha
+        size = told(layer, rank) if alpha is None else alpha
         read.append((layer, down, up, size / rank))
     return read
 
 
 def read_lora_header(file: Path) -> TunedHeader | None:
-    """What a LoRA of ours says of itself; None for others."""
+    """What a LoRA of ours says of itself; None for others. Raises UserError when it's damaged."""
     if file.suffix not in (".safetensors", ".sft"):
         return None
-    values = json.loads(read_header(file).get(HEADER_KEY) or "null")
+    text = read_header(file).get(HEADER_KEY) or "null"
     known = {f.name for f in fields(TunedHeader)}
-    return TunedHeader(**{k: v for k, v in values.items() if k in known}) if values else None
+    try:
+        values = json.loads(text)
+        if values is None:
+            return None
+        header = TunedHeader(**{k: v for k, v in values.items() if k in known})
+        if {type(v) for v in (header.base, header.base_family, header.prediction_type)} != {str}:
+            raise TypeError("words are expected")
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"the header of the LoRA {file} is damaged: {text:.60}") from error
+    return header
 
 
 # -- putting one into a base
@@ -193,6 +197,8 @@ def find_lora(words: str) -> tuple[Path, float]:
         scale = float(tail) if where else 1.0
     except ValueError:
         where, scale = "", 1.0
+    if not math.isfinite(scale):
+        raise UserError(f"--lora {words}: the scale {tail} is no finite number, such as 0.8")
     path = Path(where or words)
     # Of a folder of runs, the newest that came to its end.
     runs = sorted(path.glob(f"*/final_model/{LORA}"), reverse=True)

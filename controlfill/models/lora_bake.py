@@ -15,14 +15,9 @@ from torch import Tensor
 from controlfill.errors import UserError
 from controlfill.models.formats import open_model, rows_of
 from controlfill.models.layout import THIRDS, How
-from controlfill.models.lora_names import (
-    Parts,
-    adapter_metadata,
-    find_parts,
-    fold,
-    read_alphas,
-    rooted,
-)
+from controlfill.models.lora import read_lora_header
+from controlfill.models.lora_alphas import adapter_metadata, one_alpha, read_alphas
+from controlfill.models.lora_names import Parts, find_parts, fold
 from controlfill.models.merge_sources import (
     PARTS,
     Draft,
@@ -40,7 +35,7 @@ from controlfill.models.merge_sources import (
     weights_files,
     write_draft,
 )
-from controlfill.models.recognise import recognise, text_parts
+from controlfill.models.recognise import family, recognise, text_parts
 from controlfill.models.weights import Weights, open_weights
 from controlfill.options.models import MergeOptions
 
@@ -84,7 +79,7 @@ class Lora:
         entry = self.entries[layer]
         up, down = (self._read(name).float() for name in (entry.parts.up, entry.parts.down))
         middle = entry.parts.middle
-        down = fold(down, None if middle is None else self._read(middle))
+        down = fold(down, None if middle is None else self._read(middle), entry.parts.down)
         product = (up.flatten(1) @ down.flatten(1)) * entry.factor
         return product.reshape(up.shape[0], *down.shape[1:])
 
@@ -114,6 +109,7 @@ def bake_loras(options: MergeOptions, report: Report) -> Merged:
         places = find_places(base)
         loras = [Lora(p, stack.enter_context(open_weights(p))) for p in options.loras]
         for lora in loras:
+            check_told(lora.path, base)
             check_fit(lora, base, places)
         baker = Baker(base, places, list(zip(loras, scales, strict=True)))
         shapes = {
@@ -164,7 +160,10 @@ def find_places(base: Source) -> dict[Layer, Place]:
         found = ((layer_of(base, name), name) for name in base.names)
         return {layer: Place(name) for layer, name in found if layer}
     (weights,) = base.files.values()
-    parts = {"unet": (recognise(weights).prefix, False), **text_parts(weights.names)}
+    what = recognise(weights)
+    if what.kind == "controlnet":
+        raise UserError(f"{base.path} is a ControlNet, into which no LoRA goes; give a base")
+    parts = {"unet": (what.prefix, False), **text_parts(weights.names)}
     model, places = open_model(base.path), {}
     for network, (prefix, opened) in parts.items():
         rows, _ = rows_of(network, opened)(model.parts[network].names)
@@ -197,21 +196,32 @@ def read_entries(path: Path, weights: Weights) -> dict[Layer, Entry]:
     try:
         found = find_parts({name: weights.shape(name) for name in weights.names})
         networks = {module.partition(".")[0] for module in found}
-        about = adapter_metadata(path, weights.metadata, networks)
-        told = read_alphas(about)
+        told = read_alphas(adapter_metadata(path, weights.metadata, networks))
+        entries = {}
+        for module, parts in found.items():
+            network, _, inner = module.partition(".")
+            rank = weights.shape(parts.down)[0]
+            own = parts.alpha
+            alpha = one_alpha(weights[own], own) if own else told(module, rank)
+            entries[Layer(network, plain(inner))] = Entry(parts=parts, factor=alpha / rank)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    entries = {}
-    for module, parts in found.items():
-        network, _, inner = module.partition(".")
-        rank = weights.shape(parts.down)[0]
-        alpha = (
-            float(weights[parts.alpha])
-            if parts.alpha
-            else told(module, rank) * rooted(about, module, rank)
-        )
-        entries[Layer(network, plain(inner))] = Entry(parts=parts, factor=alpha / rank)
     return entries
+
+
+def check_told(lora: Path, base: Source) -> None:
+    """Raise UserError where a LoRA of ours says that it was trained on another kind of base."""
+    header = read_lora_header(weights_files(lora)[0])
+    unet = base.files.get("unet") or base.files.get("")
+    if header is None or unet is None:
+        return
+    told, found = (header.base_family, header.prediction_type), (family(unet), base.prediction)
+    # What a network alone doesn't say may be anything.
+    if any(has and has != wanted for wanted, has in zip(told, found, strict=True)):
+        raise UserError(
+            f"{lora} was trained on a {' '.join(told)} base, but {base.path} is "
+            f"{' '.join(filter(None, found))}; give a base of that kind"
+        )
 
 
 def check_fit(lora: Lora, base: Source, places: dict[Layer, Place]) -> None:

@@ -18,8 +18,9 @@ from torch import Tensor
 from controlfill.errors import UserError
 from controlfill.models.formats import open_model
 from controlfill.models.layout_text import NESTED
+from controlfill.models.lora_alphas import ADAPTER_KEY
 from controlfill.models.lora_bake import Layer, layer_of
-from controlfill.models.lora_names import ADAPTER_KEY, to_kohya
+from controlfill.models.lora_names import to_kohya
 from controlfill.models.merge_sources import (
     PARTS,
     RECIPE_KEY,

@@ -6,26 +6,22 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from controlfill.errors import UserError
-from controlfill.files import read_json
-from controlfill.models.layout_text import full_name
+from controlfill.models.layout import too_large
+from controlfill.models.layout_text import NESTED, full_name
 from controlfill.models.layout_unet import FIXED, RESNET, UnetNames
-from controlfill.models.recognise import NameLayout, other_method
+from controlfill.models.lora_alphas import one_alpha, read_alphas
+from controlfill.models.recognise import other_method
 
 Tensors = dict[str, Tensor]
-# The key of diffusers' safetensors header that tells alphas and ranks, as JSON.
-ADAPTER_KEY = "lora_adapter_metadata"
 UNET = "unet"
 # kohya's starts of the parts: with one text encoder and with two.
 ONE, TWO = (
@@ -43,6 +39,12 @@ UP = (".lora_B.weight", ".lora_B.default.weight", ".lora.up.weight", "_lora.up.w
       ".lora_linear_layer.up.weight", ".lora_up.weight")  # fmt: skip
 # LyCORIS may put a third matrix between the two of a convolution.
 MIDDLE = ".lora_mid.weight"
+# What the names of layers start with, in UNets and in text encoders.
+UNET_HEADS = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in.", "conv_out.",
+              "time_embedding.", "add_embedding.")  # fmt: skip
+TEXT_HEADS = ("text_model.encoder.layers.", "text_model.embeddings.", "text_projection.")
+# The width of the text that SDXL's UNet reads.
+SDXL_WIDTH = 2048
 # Attention of text encoders in the old names of diffusers, which are the UNet's.
 OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 # Words with underscores of their own, among the underscores that stand for dots.
@@ -57,47 +59,54 @@ WORDS = (
 TOKEN = re.compile("|".join([*sorted(WORDS, key=len, reverse=True), "[A-Za-z0-9]+"]))
 
 
-def detect(names: Iterable[str]) -> NameLayout | None:
-    """`kohya` or `diffusers` (PEFT's names); None for names that are no LoRA's."""
-    names = list(names)
-    if not any(name.endswith(DOWN) for name in names):
-        return None
-    return "kohya" if any(name.startswith(tuple(STARTS)) for name in names) else "diffusers"
-
-
-def from_kohya(weights: Mapping[str, Tensor]) -> Tensors:
+def from_kohya(weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Tensors:
     """Any LoRA under PEFT's names, its alphas multiplied into its matrices.
 
-    Takes kohya's names of either UNet layout, and diffusers' old ones. Raises UserError for what
-    is no LoRA of two matrices.
+    Takes kohya's names of either UNet layout, and diffusers' old ones. Alphas that are no tensors
+    are the rank, or what diffusers' `metadata` says. Raises UserError for what is no LoRA of two
+    matrices, and for products that the matrices' format can't hold.
     """
     found: Tensors = {}
+    told = read_alphas(metadata or {})
     for module, (down, up, alpha) in pairs(weights).items():
-        scale = 1.0 if alpha is None else alpha / down.shape[0]
-        down_scale, up_scale = split_scale(scale)
-        found[f"{module}.lora_A.weight"] = down if down_scale == 1 else down * down_scale
-        found[f"{module}.lora_B.weight"] = up if up_scale == 1 else up * up_scale
+        rank = down.shape[0]
+        scales = split_scale((told(module, rank) if alpha is None else alpha) / rank)
+        for matrix, letter, scale in zip((down, up), "AB", scales, strict=True):
+            name = f"{module}.lora_{letter}.weight"
+            found[name] = matrix if scale == 1 else times(matrix, scale, name)
     return found
 
 
 def to_kohya(weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Tensors:
     """A LoRA under kohya's names; SDXL's UNet by those of the original layout.
 
-    Alphas are the rank, or what diffusers' `metadata` says. Raises UserError for what is no LoRA
-    of two matrices.
+    Alphas, which are float32, are those of the file, else what diffusers' `metadata` says, else the
+    rank. Raises UserError for what is no LoRA of two matrices.
     """
     read = pairs(weights)
-    two = is_sdxl(read)
+    two = is_sdxl({module: down.shape[1] for module, (down, _, _) in read.items()})
     told = read_alphas(metadata or {})
     found: Tensors = {}
     for module, (down, up, alpha) in read.items():
         name = kohya_name(module, two)
-        size = alpha
-        if size is None:
-            size = told(module, down.shape[0]) * rooted(metadata or {}, module, down.shape[0])
+        size = told(module, down.shape[0]) if alpha is None else alpha
         found[f"{name}.lora_down.weight"], found[f"{name}.lora_up.weight"] = down, up
-        found[f"{name}.alpha"] = torch.tensor(size, dtype=down.dtype)
+        found[f"{name}.alpha"] = torch.tensor(size, dtype=torch.float32)
     return found
+
+
+def times(matrix: Tensor, factor: float, name: str) -> Tensor:
+    """`factor` times a matrix, in its format, which may know no arithmetic."""
+    wide = matrix.float() if matrix.dtype.itemsize < 4 else matrix
+    return in_format(wide * factor, matrix.dtype, name)
+
+
+def in_format(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`tensor` in another number format. Raises UserError where that can't hold it."""
+    result = tensor.to(dtype)
+    if (tensor.isfinite() & ~result.float().isfinite()).any():
+        raise too_large(tensor, dtype, name)
+    return result
 
 
 class Parts(NamedTuple):
@@ -117,66 +126,107 @@ def pairs(weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, floa
     found = {}
     for module, parts in find_parts({n: tuple(t.shape) for n, t in weights.items()}).items():
         middle = None if parts.middle is None else weights[parts.middle]
-        alpha = None if parts.alpha is None else float(weights[parts.alpha])
-        found[module] = (fold(weights[parts.down], middle), weights[parts.up], alpha)
+        alpha = None if parts.alpha is None else one_alpha(weights[parts.alpha], parts.alpha)
+        down = fold(weights[parts.down], middle, parts.down)
+        found[module] = (down, weights[parts.up], alpha)
     return found
 
 
-def fold(down: Tensor, middle: Tensor | None) -> Tensor:
+def fold(down: Tensor, middle: Tensor | None, name: str) -> Tensor:
     """The matrix down (rank, in, k, k) that does what `down` (rank, in, 1, 1) and the k x k
     convolution `middle` (rank, rank, k, k) do one after the other."""
     if middle is None:
         return down
     folded = torch.einsum("rskl,si->rikl", middle.float(), down.flatten(1).float())
-    return folded.to(down.dtype)
+    return in_format(folded, down.dtype, name)
 
 
 def find_parts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Parts]:
     """What of a file's tensors, given by name, is which part of which module's LoRA.
 
-    Raises UserError for other methods than LoRA, for a matrix without its other, and for what
-    belongs to neither and would be lost.
+    Raises UserError for other methods than LoRA, for a matrix without its other, for what belongs
+    to neither and would be lost, and for layers of networks that are no Stable Diffusion's.
     """
     for name in shapes:
         if method := other_method(name):
             raise UserError(f"{name} belongs to no plain LoRA but to {method}, which is not read")
     found: dict[str, Parts] = {}
-    for name, shape in shapes.items():
+    for name in shapes:
         tail = next((t for t in DOWN if name.endswith(t)), None)
         if tail is None:
             continue
         start = name[: -len(tail)]
-        up, middle, alpha = start + UP[DOWN.index(tail)], start + MIDDLE, f"{start}.alpha"
-        if shapes.get(up, (0, 0))[1] != shape[0] or shapes.get(middle, shape)[0] != shape[0]:
-            raise UserError(f"{name} has no other matrix of its rank {shape[0]} beside it")
+        parts = Parts(
+            down=name, up=start + UP[DOWN.index(tail)],
+            alpha=next((alpha for alpha in alpha_names(start, tail) if alpha in shapes), None),
+            middle=start + MIDDLE if start + MIDDLE in shapes else None,
+        )  # fmt: skip
+        check_shapes(parts, shapes)
         module = module_name(start)
         if module in found:
             raise UserError(f"{name} and {found[module].down} are both of {module}")
-        found[module] = Parts(
-            name, up, alpha if alpha in shapes else None, middle if middle in shapes else None
-        )
+        found[module] = parts
     if not found:
         raise UserError("no LoRA is found: no tensor is called .lora_A.weight or .lora_down.weight")
     used = {name for parts in found.values() for name in parts}
-    odd = next((n for n in shapes if n not in used and not n.endswith(".alpha")), None)
+    odd = next((name for name in shapes if name not in used), None)
     if odd:
         raise UserError(f"{odd} is no part of a plain LoRA, and would be lost")
     return found
 
 
+def alpha_names(start: str, tail: str) -> Iterator[str]:
+    """What the alpha of a module may be called whose matrix down is `start` and `tail`."""
+    yield f"{start}.alpha"
+    yield f"{start}{tail.removesuffix('.down.weight')}.alpha"
+    yield f"{start}.lora.alpha"
+
+
+def check_shapes(parts: Parts, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise UserError unless the matrices of a module go together, by way of one rank."""
+    for name in (parts.down, parts.up, parts.middle):
+        shape = shapes.get(name or "", (1, 1))
+        if len(shape) not in (2, 4) or 0 in shape:
+            raise UserError(
+                f"{name} has the shape {list(shape)}; a matrix of a LoRA has two sizes above 0, or "
+                "four of a convolution"
+            )
+    down, rank = shapes[parts.down], shapes[parts.down][0]
+    up, middle = shapes.get(parts.up, (0, 0)), shapes.get(parts.middle or "")
+    if up[1] != rank or (middle and middle[:2] != (rank, rank)):
+        raise UserError(f"{parts.down} has no other matrix of its rank {rank} beside it")
+    small = [up[2:], down[2:]] if middle else [up[2:]]
+    if any(kernel not in ((), (1, 1)) for kernel in small) or (middle and len(middle) == 2):
+        raise UserError(f"{parts.down} and {parts.up} are convolutions that don't go together")
+
+
 def module_name(start: str) -> str:
-    """The diffusers name of a module, `unet.` or `text_encoder.` before it."""
+    """The diffusers name of a module, `unet.` or `text_encoder.` before it.
+
+    Raises UserError for layers of other networks, whose names would come out as nonsense.
+    """
+    part, layer = split_name(start)
+    if not f"{layer}.".startswith(UNET_HEADS if part == UNET else TEXT_HEADS):
+        raise UserError(
+            f"{start} is no layer of a Stable Diffusion's UNet or text encoder; LoRAs of other "
+            "networks are not read"
+        )
+    return f"{part}.{layer}"
+
+
+def split_name(start: str) -> tuple[str, str]:
+    """The network that a module lies in, and its diffusers name there."""
     for prefix, part in STARTS.items():
         if start.startswith(prefix):
             inner = ".".join(TOKEN.findall(start[len(prefix) :]))
-            return f"{part}.{diffusers_unet(inner) if part == UNET else inner}"
+            return part, diffusers_unet(inner) if part == UNET else inner
     # diffusers once kept LoRAs in attention processors.
     start = start.removeprefix("base_model.model.").replace(".processor.", ".")
     part, _, inner = start.partition(".")
     if part not in (UNET, *TWO):
-        text = full_name(start).startswith("text_model.")
+        text = full_name(start).startswith(NESTED)
         part, inner = ("text_encoder", start) if text else (UNET, start)
-    return f"{part}.{current_layer(inner, part == UNET)}"
+    return part, current_layer(inner, part == UNET)
 
 
 def current_layer(layer: str, of_unet: bool) -> str:
@@ -213,11 +263,16 @@ def kohya_name(module: str, two: bool) -> str:
     return f"lora_unet_{inner.replace('.', '_')}"
 
 
-def is_sdxl(modules: Iterable[str]) -> bool:
-    """Whether the modules are those of SDXL: a second text encoder, or transformers of depth."""
+def is_sdxl(modules: Mapping[str, int]) -> bool:
+    """Whether modules, given with the width of what they read, are those of SDXL.
+
+    It has a second text encoder, transformers of depth, and cross-attention to wide text.
+    """
     return any(
-        name.startswith("text_encoder_2.") or re.search(r"^unet.*transformer_blocks\.[1-9]", name)
-        for name in modules
+        name.startswith("text_encoder_2.")
+        or re.search(r"^unet.*transformer_blocks\.[1-9]", name)
+        or (width == SDXL_WIDTH and re.search(r"^unet.*attn2\.to_[kv]$", name))
+        for name, width in modules.items()
     )
 
 
@@ -231,41 +286,6 @@ def split_scale(scale: float) -> tuple[float, float]:
     while 0 < down * 2 < up:
         down, up = down * 2, up / 2
     return down, up
-
-
-def read_alphas(metadata: Mapping[str, str]) -> Any:
-    """A function of a module and its rank that gives its alpha, as diffusers' header tells it."""
-    try:
-        told = json.loads(metadata.get(ADAPTER_KEY, "{}"))
-    except ValueError as error:
-        raise UserError(f"the LoRA's header is damaged: {error}") from error
-
-    def alpha(module: str, rank: int) -> float:
-        part, _, inner = module.partition(".")
-        special = told.get(f"{part}.alpha_pattern") or {}
-        found = next((size for end, size in special.items() if inner.endswith(end)), None)
-        return found if found is not None else told.get(f"{part}.lora_alpha", rank)
-
-    return alpha
-
-
-def adapter_metadata(path: Path, metadata: dict[str, str], networks: set[str]) -> dict[str, str]:
-    """What tells alphas of the LoRA at `path`: its header, or PEFT's config beside it as one."""
-    beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
-    if metadata.get(ADAPTER_KEY) or not beside.is_file():
-        return metadata
-    config = read_json(beside)
-    return {ADAPTER_KEY: json.dumps({f"{n}.{k}": v for n in networks for k, v in config.items()})}
-
-
-def rooted(metadata: Mapping[str, str], module: str, rank: int) -> float:
-    """What to multiply an alpha by so that tools without rank stabilisation scale alike.
-
-    With it, a LoRA is scaled by alpha over the root of its rank (Kalajdzievski 2023).
-    """
-    part = module.partition(".")[0]
-    told = json.loads(metadata.get(ADAPTER_KEY, "{}"))
-    return math.sqrt(rank) if told.get(f"{part}.use_rslora") else 1.0
 
 
 @cache

@@ -110,6 +110,11 @@ class Shares:
             if self.weights:
                 raise UserError("--block_alphas goes with two models and --alpha, not --weights")
             self.alphas = read_block_alphas(options.block_alphas, self.blocks)
+            if "unet" not in options.parts and self.alphas.keys() - {BASE}:
+                raise UserError(
+                    "--block_alphas names blocks of the UNet, which --parts leaves out; name "
+                    f"{BASE} alone, or give --parts unet too"
+                )
 
     def alpha_of(self, name: str) -> float:
         """Alpha of a tensor: its block's, if that has one of its own."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from controlfill.errors import UserError
-from controlfill.models.merge_sources import ORIGINAL
+from controlfill.models.recognise import UNET
 
 BASE, MIDDLE = "BASE", "M00"
 # Resnets in each block, and what changes its size; Stable Diffusion has two and one.
@@ -24,7 +24,7 @@ USUAL_LAYERS = 3
 
 def find_blocks(names: Iterable[str]) -> dict[str, str]:
     """The block of each tensor, by its name in either layout."""
-    short = {name: name.removeprefix("unet/").removeprefix(ORIGINAL) for name in names}
+    short = {name: name.removeprefix("unet/").removeprefix(UNET) for name in names}
     layers = count_layers(short.values())
     found = {name: block_of(key, layers) for name, key in short.items()}
     last = max((b for b in found.values() if b.startswith("OUT") and b != "OUT"), default=BASE)

@@ -26,20 +26,17 @@ from controlfill.models.configs import (
     INPAINT_CHANNELS,
     SPEC_KEY,
     SPECS,
-    marked_prediction,
-    told_prediction,
 )
 from controlfill.models.controlnet import own_version
-from controlfill.models.formats import CONFIGS_KEY, own_config, without_prefix
-from controlfill.models.glid import with_channels
+from controlfill.models.glid import describe_pipeline, folder_prediction, with_channels
+from controlfill.models.headers import CONFIGS_KEY, file_prediction
 from controlfill.models.layout import too_large
-from controlfill.models.recognise import recognise
+from controlfill.models.recognise import CONTROL, UNET, other_method, recognise
 from controlfill.models.weights import SHARDS, Shapes, Weights, find_weights, open_weights
 from controlfill.models.weights import write_weights as write_file
 
 Report = Callable[[str, int, int], None]
 RECIPE_KEY = "controlfill_merge"
-ORIGINAL = "model.diffusion_model."
 # Averages of training, which a merge would leave behind as they were in A.
 AVERAGES = "model_ema."
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -110,23 +107,23 @@ class Source:
     @property
     def is_original(self) -> bool:
         """Whether its tensors have the names of Stable Diffusion's first release."""
-        return any(name.startswith((ORIGINAL, "time_embed.")) for name in self.names)
+        return any(name.startswith((UNET, "time_embed.")) for name in self.names)
 
     @property
     def layout(self) -> str:
         """How its tensors are called, in words."""
         if self.is_pipeline:
             return "a diffusers folder"
-        if any(name.startswith(ORIGINAL) for name in self.names):
+        if any(name.startswith(UNET) for name in self.names):
             return "a file in the original layout"
         if self._lone_part() == "unet":
             names = "diffusers'" if "conv_in.weight" in self else "the original"
             return f"a UNet with {names} names"
+        if method := next(filter(None, map(other_method, self.names)), None):
+            return f"{method}, which is not merged"
         if recognise(*self.files.values()).kind == "lora":
             return "a LoRA, which goes into a model with --method lora --loras"
-        return {"vae": "a VAE", "text_encoder": "a text encoder"}.get(
-            self._lone_part(), "a file of unknown kind"
-        )
+        return LONE_WORDS.get(self._lone_part(), "a file of unknown kind")
 
     @property
     def text_width(self) -> int | None:
@@ -140,12 +137,9 @@ class Source:
     def prediction(self) -> str | None:
         """What the UNet predicts; None where that is not told."""
         if self.is_pipeline:
-            scheduler = self.path / "scheduler" / "scheduler_config.json"
-            # diffusers takes a missing key for epsilon.
-            is_told = scheduler.is_file()
-            return read_json(scheduler).get("prediction_type", "epsilon") if is_told else None
+            return folder_prediction(self.path)
         (weights,) = self.files.values()
-        return file_prediction(weights, self.is_original)
+        return file_prediction(weights)
 
     def about(self, parts: Sequence[str], report: Report) -> dict[str, Any]:
         """Name and hashes of what is used, and the recipe by which that was merged before."""
@@ -158,22 +152,6 @@ class Source:
             if earlier := self.files[where].metadata.get(RECIPE_KEY):
                 entry["recipe"] = json.loads(earlier)
         return entry
-
-
-def file_prediction(weights: Weights, is_original: bool) -> str | None:
-    """What the UNet of a single file predicts, by its header, a mark or SD 2's bias.
-
-    A whole checkpoint that says nothing is taken for what nearly all predict, epsilon; a UNet alone
-    is not, for the tools that write those leave the marks out.
-    """
-    told = (own_config(weights, "scheduler") or {}).get("prediction_type")
-    if told:
-        return told
-    what = recognise(weights)
-    view = without_prefix(weights, what.prefix)
-    if what.kind == "checkpoint":
-        return told_prediction(weights, view, what.family)
-    return marked_prediction(weights, view, what.family if is_original else "")
 
 
 def plain(name: str) -> str:
@@ -371,27 +349,24 @@ def describe_inpaint(folder: Path, unet: str) -> None:
     config = folder / unet / "config.json"
     if config.is_file():
         write_json(config, read_json(config) | {"in_channels": INPAINT_CHANNELS})
-    index = folder / "model_index.json"
-    if index.is_file():
-        values = read_json(index)
-        name = values.get("_class_name", "")
-        write_json(index, values | {"_class_name": INPAINT_PIPELINES.get(name, name)})
+    describe_pipeline(folder, INPAINT_CHANNELS)
 
 
 PARTS = {
     "unet": "unet", "vae": "vae", "text_encoder": "text_encoder", "text_encoder_2": "text_encoder",
 }  # fmt: skip
 ORIGINAL_PARTS = {
-    ORIGINAL: "unet", "first_stage_model.": "vae", "cond_stage_model.": "text_encoder",
+    UNET: "unet", "first_stage_model.": "vae", "cond_stage_model.": "text_encoder",
     "conditioner.": "text_encoder",
 }  # fmt: skip
-# Tensors by which a file of a single network is known.
+# Tensors by which a file of a single network is known. A ControlNet has those of a UNet too.
 LONE_MARKS = {
+    "controlnet_cond_embedding.conv_in.weight": "controlnet",
+    "zero_convs.0.0.weight": "controlnet", f"{CONTROL}zero_convs.0.0.weight": "controlnet",
     "time_embedding.linear_1.weight": "unet", "time_embed.0.weight": "unet",
     "decoder.conv_in.weight": "vae", "embeddings.token_embedding.weight": "text_encoder",
 }  # fmt: skip
+LONE_WORDS = {
+    "vae": "a VAE", "text_encoder": "a text encoder", "controlnet": "a ControlNet",
+}  # fmt: skip
 KEPT_KEYS = (CONFIGS_KEY, SPEC_KEY, "modelspec.resolution")
-INPAINT_PIPELINES = {
-    "StableDiffusionPipeline": "StableDiffusionInpaintPipeline",
-    "StableDiffusionXLPipeline": "StableDiffusionXLInpaintPipeline",
-}

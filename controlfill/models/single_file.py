@@ -24,15 +24,18 @@ def load_checkpoint(
     """The parts of a checkpoint in one file, by their names in a diffusers pipeline.
 
     `unet`, `vae`, `text_encoder` and `tokenizer` (SDXL: also `text_encoder_2`, `tokenizer_2`), in
-    the file's number format, the config of the `scheduler`, and the class of the `pipeline`. Raises
-    UserError.
+    the file's number format, the config of the `scheduler`, the class of the `pipeline`, and
+    `empty_is_zero`, what SDXL makes of an empty prompt. Raises UserError.
     """
     model = open_model(path, told)
     if model.kind != "checkpoint":
         raise UserError(f"{path} is a {model.kind}, no whole checkpoint to start from")
     parts: dict[str, Any] = {**find_tokenizers(model, tokenizer, path)}
     parts |= {part: load_part(model, part) for part in model.parts}
-    return parts | {"scheduler": model.configs["scheduler"], "pipeline": model.pipeline}
+    return parts | {
+        "scheduler": model.configs["scheduler"], "pipeline": model.pipeline,
+        "empty_is_zero": model.empty_is_zero,
+    }  # fmt: skip
 
 
 def find_tokenizers(model: Model, told: str | None, source: Path) -> Tokenizers:

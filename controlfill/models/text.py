@@ -64,6 +64,23 @@ class Recent:
         return words.tokens, words.pooled
 
 
+@dataclass(frozen=True)
+class JoinedKept:
+    """Vectors that `first` has, and for prompts that it lacks those of `second`."""
+
+    first: Kept
+    second: Kept
+
+    def get(self, prompts: list[str]) -> tuple[Tensor, Tensor | None] | None:
+        """The vectors of `prompts`; None unless each is in one of the two."""
+        found = [self.first.get([prompt]) or self.second.get([prompt]) for prompt in prompts]
+        told = [Words(*vectors) for vectors in found if vectors is not None]
+        if len(told) < len(prompts):
+            return None
+        words = join_words(told)
+        return words.tokens, words.pooled
+
+
 class Text:
     """CLIP tokenizers and text encoders: one as in SD 1.5 and SD 2, or two as in SDXL.
 

@@ -22,7 +22,7 @@ from controlfill.files import read_json, whole_file
 # Read pages of a mapped file count as memory until it is unmapped; so it is, after as many bytes.
 MAPPED_BYTES = 128 * 2**20
 SHARDS = ".safetensors.index.json"
-# What names in a folder end in, whole precision first.
+# What names in a folder end in: safetensors before pickles, of each whole precision first.
 TAILS = (
     ".safetensors", SHARDS, ".fp16.safetensors",
     ".safetensors.index.fp16.json", ".fp16.safetensors.index.json", ".bin", ".fp16.bin",
@@ -197,7 +197,10 @@ def open_weights(path: Path) -> Weights:
 
 def find_weights(folder: Path) -> Path:
     """The weights file in a folder of one network. Raises UserError when there is none or many."""
-    for stem in ("diffusion_pytorch_model", "model", "pytorch_lora_weights", "pytorch_model"):
+    for stem in (
+        "diffusion_pytorch_model", "model", "pytorch_lora_weights", "pytorch_model",
+        "adapter_model",
+    ):  # fmt: skip
         if file := stem_file(folder, stem):
             return file
     found = sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".sft"))

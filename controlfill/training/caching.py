@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from controlfill.data.cache import INDEX, TEXTS, describe
+from controlfill.data.cache import INDEX, TEXTS, describe, first_change
 from controlfill.data.concepts import Joined, tell
 from controlfill.data.sample import PreparedSource, Source
 from controlfill.data.shards import ShardStream
@@ -34,6 +34,7 @@ from controlfill.options import CacheOptions, FinetuneOptions
 from controlfill.training.batches import calm_worker
 from controlfill.training.start import open_buckets
 
+SHARD = "latents-"
 PER_SHARD = 2048
 Report = Callable[[str, int, int], None]
 
@@ -80,7 +81,7 @@ def build_cache(options: CacheOptions, report: Report) -> tuple[Path, list[str]]
     skipped = encode_cuts(options, bundle, data, index, report)
     if options.text:
         encode_texts(folder, bundle, index, report)
-    write_json(folder / INDEX, index)
+    write_json(folder / INDEX, index | {"whole": True})
     return folder, skipped
 
 
@@ -91,7 +92,7 @@ def cache_classes(
 
     It lies in --cache_dir and is a cache like that one, named by all that decides what is in it: so
     other class pictures find another folder, and an interrupted pass goes on. Where texts are in
-    the cache and their encoders are frozen, it has those of all that the run tells.
+    the cache and their encoders are frozen, it has those that the run tells and the cache lacks.
     """
     joined, buckets, beside = data.source, data.buckets, options.cache_dir
     assert isinstance(joined, Joined)
@@ -103,11 +104,13 @@ def cache_classes(
     digest, own_words = look_at(joined.others, report)
     prompts: list[str] = []
     if not options.train_text_encoder and (beside / TEXTS).is_file():
-        told = (tell(words, options.instance_prompt) for words in index["prompts"])
-        prompts = list(dict.fromkeys(["", *told, *own_words]))
+        told = [tell(words, options.instance_prompt) for words in index["prompts"]]
+        lacking = dict.fromkeys([*told, *own_words]).keys() - set(index["prompts"])
+        prompts = ["", *sorted(lacking)] if lacking else []
     about = {
         **index["made_from"],
         "dtype": str(bundle.vae.dtype),
+        "text_dtype": str(bundle.text.encoder.dtype),
         "class_pictures": digest,
         "class_texts": hash_of(json.dumps(prompts).encode()),
         "class_sizes": sorted({"{}x{}".format(*buckets.size_of(int(i))) for i in met}),
@@ -115,6 +118,7 @@ def cache_classes(
     folder = beside / f"class_pictures-{hash_of(json.dumps(about).encode())}"
     asked = CacheOptions(
         data=options.pictures, cache_dir=folder, variants=about["variants"], text=False,
+        batch_size=min(CacheOptions.batch_size, options.batch_size),
         num_workers=options.num_workers,
     )  # fmt: skip
     fresh = start_index(folder, about)
@@ -123,7 +127,7 @@ def cache_classes(
     encode_cuts(asked, bundle, classes, fresh, report)
     if prompts and not (folder / TEXTS).is_file():
         encode_texts(folder, bundle, {"prompts": prompts}, report)
-    write_json(folder / INDEX, fresh | {"prompts": prompts})
+    write_json(folder / INDEX, fresh | {"prompts": prompts, "whole": True})
     return folder
 
 
@@ -150,17 +154,21 @@ def hash_of(data: bytes) -> str:
 
 
 def start_index(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """The index of a cache that goes on, or an empty one. Raises UserError for another's folder."""
+    """The index of a cache that goes on, or an empty one; it says that the cache is not whole.
+
+    Raises UserError for another's folder.
+    """
+    start = {"made_from": about, "whole": False}
     if not (folder / INDEX).is_file():
-        return {"made_from": about, "shards": {}, "prompts": []}
+        return {**start, "shards": {}, "prompts": []}
     index = read_json(folder / INDEX)
-    if index["made_from"] != about:
-        other = next(k for k, v in about.items() if index["made_from"].get(k) != v)
+    made = index["made_from"]
+    if (other := first_change(made, about)) is not None:
         raise UserError(
-            f"{folder} holds a cache made with {other} {index['made_from'].get(other)}, not "
-            f"{about[other]}; give another --cache_dir"
+            f"{folder} holds a cache made with {other} {made[other]}, not {about[other]}; give "
+            "another --cache_dir"
         )
-    return index
+    return {**index, **start}
 
 
 def encode_cuts(
@@ -175,8 +183,8 @@ def encode_cuts(
     missing = [(i, v) for i, v in keys if f"{i}.{v}" not in index["shards"]]
     prompts, skipped = dict.fromkeys(index["prompts"]), []
     done = len(keys) - len(missing)
-    shards = len(set(index["shards"].values()))
-    for number, start in enumerate(range(0, len(missing), PER_SHARD), shards):
+    first = 1 + max((number_of(name) for name in index["shards"].values()), default=-1)
+    for number, start in enumerate(range(0, len(missing), PER_SHARD), first):
         part = missing[start : start + PER_SHARD]
         tensors: dict[str, Tensor] = {}
         for batch in read_cuts(options, data, part):
@@ -186,12 +194,19 @@ def encode_cuts(
             tensors |= encode_batch(bundle, [(k, c) for k, c, _ in batch if not isinstance(c, str)])
             done += len(batch)
             report("latents", done, len(keys))
-        name = f"latents-{number:05d}.safetensors"
+        if not tensors:
+            continue
+        name = f"{SHARD}{number:05d}.safetensors"
         save_tensors(tensors, options.cache_dir / name)
         index["shards"] |= dict.fromkeys(tensors, name)
         index["prompts"] = list(prompts)
         write_json(options.cache_dir / INDEX, index)
     return skipped
+
+
+def number_of(shard: str) -> int:
+    """The number in a shard's name."""
+    return int(Path(shard).stem.removeprefix(SHARD))
 
 
 def read_cuts(

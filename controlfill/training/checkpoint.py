@@ -32,6 +32,8 @@ OPTIMIZER = "optimizer.safetensors"
 # Where Lightning's own checkpoints lie in a run's folder, and the newest of them.
 CKPTS = "checkpoints"
 LAST = "last.ckpt"
+# Options that decide what an optimizer keeps: the moments of one kind say nothing to another.
+OPTIMIZERS = ("use_8bit_adam",)
 # How numbers of an optimizer's state are kept; AdamW's own steps are tensors of other types.
 NUMBERS = {int: torch.int64, float: torch.float64}
 # Options that may differ between a run and its continuation without changing what is learned.
@@ -167,18 +169,20 @@ def find_ckpt(where: str | None, output_dir: Path, prefix: str = ControlOptions.
     for file in (path, path / CKPTS / LAST):
         if file.is_file() and file.suffix == ".ckpt":
             return file
-    raise UserError(
-        f"--resume_from_checkpoint {where} holds no .ckpt file; weights of the other engine go in "
-        "by --controlnet_model_name_or_path"
+    other = (
+        "weights of the other engine go in by --controlnet_model_name_or_path"
+        if prefix == ControlOptions.RUN
+        else "a run of the other engine goes on with --engine accelerate"
     )
+    raise UserError(f"--resume_from_checkpoint {where} holds no .ckpt file; {other}")
 
 
 def check_same(saved: dict[str, Any], options: RunOptions, where: Path) -> None:
-    """Refuse other data, base or conditioning; say which other options differ from the run's."""
-    now = options.as_dict()
+    """Refuse other data, base, conditioning or optimizer; say which other options differ."""
+    now, fixed = options.as_dict(), (*options.FIXED, *OPTIMIZERS)
     # Options that came later had their usual values; those that must be given tell kinds apart.
-    usual = {n: getattr(type(options), n) for n in options.FIXED if hasattr(type(options), n)}
-    strange = next((n for n in options.FIXED if n not in saved and n not in usual), None)
+    usual = {n: getattr(type(options), n) for n in fixed if hasattr(type(options), n)}
+    strange = next((n for n in fixed if n not in saved and n not in usual), None)
     saved = {n: v for n, v in usual.items() if n not in saved} | saved
     changed = [k for k, v in saved.items() if k not in FREE_OPTIONS and now.get(k) != v]
     if strange is not None:
@@ -186,7 +190,7 @@ def check_same(saved: dict[str, Any], options: RunOptions, where: Path) -> None:
             f"{where} was trained by another kind of run, which has no --{strange}; resume a "
             f"{options.WORD} run, or start a new one"
         )
-    for name in options.FIXED:
+    for name in fixed:
         if name in changed:
             raise UserError(
                 f"{where} was trained with --{name} {saved[name]}, not {now[name]}; resume with "
@@ -195,3 +199,33 @@ def check_same(saved: dict[str, Any], options: RunOptions, where: Path) -> None:
     if changed:
         words = ", ".join(f"{k} {saved[k]} -> {now.get(k)}" for k in changed)
         log.warning("resuming with other options than the run had: %s", words)
+
+
+def say_classes(saved: Mapping[str, Any], now: int) -> None:
+    """Warn when other class pictures than in the run so far come to stand beside each picture."""
+    before = saved.get("class_pictures", now)
+    if before != now:
+        log.warning(
+            "there were %d class pictures, now there are %d: from here on each picture has others "
+            "beside it than if the run had not stopped", before, now,
+        )  # fmt: skip
+
+
+def recount(loops: dict[str, Any], step: int, per_epoch: int, micro: int) -> None:
+    """Let Lightning's own counters, `loops`, say that step number `step` (from 1) has just ended.
+
+    They count epochs and forward passes, and other options make other numbers of both out of the
+    same steps. Counters that fit are left alone: they may say that the epoch has ended too.
+    """
+    epoch, place = divmod(step - 1, per_epoch)
+    passes = (place + 1) * micro
+    fit = loops["fit_loop"]
+    epochs, batches = fit["epoch_progress"], fit["epoch_loop.batch_progress"]
+    if (epochs["current"]["ready"], batches["current"]["ready"]) == (epoch + 1, passes):
+        return
+    # The epoch has begun and not ended; of the pass all is done but what follows from it.
+    begun = {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
+    for over, n in (("total", step * micro), ("current", passes)):
+        epochs[over] = dict(begun)
+        batches[over] = {"ready": n, "started": n, "processed": n, "completed": n - 1}
+    batches["is_last_batch"] = place + 1 == per_epoch

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from controlfill.data.concepts import tell
 from controlfill.data.sample import Sample, collate
 from controlfill.errors import UserError
 from controlfill.files import read_json, write_json
@@ -59,7 +60,8 @@ class Painter:
         """Paint the pictures of consecutive `numbers`; one that is there already is left out."""
         side = self.options.image_size
         blank, hole = np.full((side, side, 3), 127, np.uint8), np.full((side, side), 255, np.uint8)
-        sample = Sample(image=blank, mask=hole, prompt=self.options.class_prompt)
+        prompt = tell("", self.options.class_prompt)
+        sample = Sample(image=blank, mask=hole, prompt=prompt)
         batch = collate([sample] * len(numbers), self.pipeline.spec)
         seed = self.options.seed + numbers[0] + attempt * STRIDE
         with self.team.autocast():

@@ -32,6 +32,7 @@ from controlfill.models.inpainter import (
     widen,
 )
 from controlfill.models.lora import LORA, LoraShape, add_lora, own_names, save_kohya, save_lora
+from controlfill.models.text import JoinedKept
 from controlfill.options import DataOptions, FinetuneOptions, check_numbers
 from controlfill.training import hub
 from controlfill.training.batches import Beside, StreamBeside
@@ -68,7 +69,7 @@ class FinetuneRun(Run[FinetuneOptions]):
             base=self.bundle.name,
             base_family=self.bundle.family,
             prediction_type=self.bundle.prediction_type,
-            unet=None if self.options.unet is None else str(self.options.unet),
+            unet=None if self.options.unet is None else str(self.options.unet.resolve()),
             rank=self.options.rank if self.options.use_lora else None,
             step=self.step,
         )
@@ -116,8 +117,20 @@ class FinetuneRun(Run[FinetuneOptions]):
             save_lora(folder / LORA, weights, self.shape, self.header)
             save_kohya(folder / f"{self.folder.name}.safetensors", folder / LORA)
         else:
-            save_pipeline(tuned_base(self.bundle.name, weights, self.options.unet), folder)
+            save_pipeline(self._tuned(weights), folder)
         hub.write_tuned_card(folder, self.header, self.options, self.bundle.is_glid)
+
+    def _tuned(self, weights: dict[str, Tensor]) -> Bundle:
+        """The base with `weights`, read anew, since what is frozen may have been rounded."""
+        try:
+            return tuned_base(self.bundle.name, weights, self.options.unet)
+        except UserError as error:
+            log.warning(
+                "%s; final_model gets what is frozen as the training had it (--mixed_precision %s)",
+                error, self.options.mixed_precision,
+            )  # fmt: skip
+            self.network.take(weights)
+            return self.bundle
 
     def _file(self, name: str) -> str:
         """The file of a checkpoint for what other networks write as `name`."""
@@ -164,8 +177,14 @@ def check_companions(options: FinetuneOptions) -> None:
             raise UserError(f"--{name} has no effect without --with_prior_preservation")
         if asked and not given:
             raise UserError(f"--with_prior_preservation needs a --{name}")
+    check_apart(options)
     if options.text_encoder_lr is not None and not options.train_text_encoder:
         raise UserError("--text_encoder_lr has no effect without --train_text_encoder")
+    if options.text_encoder_lr and not options.rate:
+        raise UserError(
+            f"--text_encoder_lr {options.text_encoder_lr} is a share of --learning_rate, which is "
+            "0; give that something however small, such as 1e-12, if the UNet is not to learn"
+        )
     for switch, names in COMPANIONS.items():
         for name in names:
             usual = getattr(FinetuneOptions, name)
@@ -173,14 +192,28 @@ def check_companions(options: FinetuneOptions) -> None:
                 raise UserError(f"--{name} has no effect without --{switch}")
 
 
+def check_apart(options: FinetuneOptions) -> None:
+    """Raise UserError when the pictures to learn from and those of the class share a folder."""
+    if options.class_data_dir is None or not Path(options.instance_data_dir).is_dir():
+        return
+    own, others = Path(options.instance_data_dir).resolve(), options.class_data_dir.resolve()
+    if own == others or own in others.parents or others in own.parents:
+        raise UserError(
+            f"--class_data_dir {options.class_data_dir} and --instance_data_dir "
+            f"{options.instance_data_dir} must lie apart, not one within the other: the pictures "
+            "of one would be taken for those of the other"
+        )
+
+
 def widen_base(options: FinetuneOptions, bundle: Bundle) -> None:
     """Let a text-to-image base see masks. Raises UserError for a LoRA, which could not."""
+    what = bundle.name if options.unet is None else f"--unet {options.unet}"
     if options.use_lora and not options.rehearse:
         raise UserError(
-            f"--use_lora needs an inpaint base, and {bundle.name} is a text-to-image one whose new "
+            f"--use_lora needs an inpaint base, and {what} is a text-to-image one whose new "
             "channels a LoRA could not learn; finetune it without --use_lora first, or merge it"
         )
-    log.info("%s does not see masks; its UNet is widened to, and predicts as before", bundle.name)
+    log.info("%s does not see masks; it is widened to, and predicts as before", what)
     widen(bundle.unet)
 
 
@@ -221,7 +254,8 @@ def with_prior(options: FinetuneOptions, data: Data, painter: Painter, report: R
         # One process encodes; the others wait for its word.
         made = cache_classes(options, bundle, joined, report) if team.main else None
         cache = open_cache(team.tell(made), {})
-        bundle.text.cache = cache.texts
+        if (own := bundle.text.cache) is not None and cache.texts is not None:
+            bundle.text.cache = JoinedKept(own, cache.texts)
         joined.latents = JoinedLatents(
             own=learn.latents, others=cache.latents, first=len(learn.source)
         )

@@ -88,7 +88,7 @@ def write_tuned_card(
     low, high = options.mask_area
     flags, where = "--base FOLDER", GLID if glid else FOLDER
     if options.use_lora:
-        unet = f"--unet {header.unet} " if header.unet else ""
+        unet = f"--unet {options.unet} " if options.unet else ""
         flags = f"--base {header.base} {unet}--lora pytorch_lora_weights.safetensors"
         where = "" if glid else LORA
     text = TUNED.format(

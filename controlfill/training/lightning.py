@@ -29,17 +29,17 @@ from controlfill.errors import UserError
 from controlfill.files import write_whole
 from controlfill.inference.pipeline import Report
 from controlfill.models.controlnet import HEADER_KEY
-from controlfill.options import FinetuneLightningOptions, FitOptions, RunOptions
+from controlfill.options import FitOptions, RunOptions
 from controlfill.training import optim
 from controlfill.training.batches import Remaining
-from controlfill.training.checkpoint import CKPTS, LAST, check_same, find_ckpt
+from controlfill.training.checkpoint import CKPTS, LAST, check_same, find_ckpt, recount, say_classes
 from controlfill.training.kinds import prepare
 from controlfill.training.optim import Average, learning_rate, make_optimizer, set_learning_rate
 from controlfill.training.sharding import learning
 from controlfill.training.start import Run, new_folder, quiet
 from controlfill.training.step import MicroBatches, Step
 from controlfill.training.stop import Stopped, StopSignals
-from controlfill.training.team import Team
+from controlfill.training.team import Team, check_device
 from controlfill.training.watchers import Watchers, Weights
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ class LearnModule(lit.LightningModule):
         self.passes = MicroBatches()
         self.grad_norm = torch.zeros(())
         self.average: Average | None = None
+        self.average_is_late = False
         self.parts: tuple[Run, Objective, Watchers] | None = None
         self.signals: StopSignals | None = None
         self.stopped: Stopped | None = None
@@ -130,6 +131,9 @@ class LearnModule(lit.LightningModule):
         for callback in self.trainer.checkpoint_callbacks:
             cast(ModelCheckpoint, callback).dirpath = str(run.folder / CKPTS)
         if self.average is not None:
+            if self.average_is_late:
+                # Only by now does the network have the weights of the checkpoint.
+                self.average.start(self.network)
             self.average.to(run.team.device)
         self.watchers.open(self.asked)
         self.signals = StopSignals(run.team).__enter__()
@@ -261,14 +265,21 @@ class LearnModule(lit.LightningModule):
             "header": asdict(run.header),
             "config": run.config,
             "average": self.watchers.averages,
+            "class_pictures": run.class_pictures,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the place in the data and the averages. Raises UserError for another run's."""
-        kept = checkpoint[HEADER_KEY]
+        kept, run = checkpoint[HEADER_KEY], self.run
+        micro = self.options.gradient_accumulation_steps
         check_same(kept["options"], self.options, self.resume or Path())
-        self.number = kept["number"]
-        if self.average is not None and kept["average"] is not None:
+        # Steps are what was done, whatever number of forward passes each of them took.
+        step = kept["number"] // kept["options"]["gradient_accumulation_steps"]
+        self.number = step * micro
+        recount(checkpoint["loops"], min(step, run.total), run.steps_per_epoch, micro)
+        say_classes(kept, run.class_pictures)
+        self.average_is_late = kept["average"] is None
+        if self.average is not None and not self.average_is_late:
             self.average.load(kept["average"])
         optim.renew(checkpoint.get("optimizer_states", []), self.network, self.options)
 
@@ -379,21 +390,6 @@ def find_learning_rate(trainer: lit.Trainer, module: LearnModule) -> None:
     module.options = replace(module.options, learning_rate=found)
     module.number, module.passes = 0, MicroBatches()
     module.parts = None
-
-
-def check_device(options: FitOptions) -> None:
-    """Raise UserError for what Lightning would refuse in many lines."""
-    here = torch.cuda.is_available()
-    if options.accelerator == "gpu" and not here:
-        raise UserError("--accelerator gpu, but no GPU is there; use --accelerator cpu")
-    if options.precision == "16-mixed" and options.accelerator == "cpu":
-        raise UserError("--precision 16-mixed needs a GPU; bf16-mixed works on a CPU too")
-    if isinstance(options, FinetuneLightningOptions) and options.strategy in ("fsdp", "deepspeed"):
-        raise UserError(
-            f"--strategy {options.strategy} splits weights, which finetune does not; use ddp"
-        )
-    if options.lr_find and options.devices not in (1, -1):
-        raise UserError("--lr_find works on one device; use --devices 1, then train on more")
 
 
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor, nn
 
 from controlfill.data.sample import Stack
@@ -26,6 +27,9 @@ from controlfill.training.optim import Average, learning_rate, set_learning_rate
 from controlfill.training.sharding import autocast, entire, precision_of, settle
 from controlfill.training.step import MicroBatches, Step
 from controlfill.training.team import Team
+
+# How long processes wait for one that has work of its own, such as encoding for a cache.
+PATIENCE = timedelta(hours=3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,7 @@ def make_accelerator(options: RunOptions) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=asked,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU; bf16 works on a CPU too")

@@ -61,18 +61,26 @@ def parameter_groups(network: nn.Module, options: RunOptions) -> list[dict[str, 
 
 
 def renew(states: list[dict[str, Any]], network: nn.Module, options: RunOptions) -> None:
-    """Let saved `states` of optimizers have what `options` ask for now, and their own moments."""
+    """Let saved `states` of optimizers have what `options` ask for now, and their own moments.
+
+    Raises UserError where weights were in other groups, as in runs from before there were two.
+    """
     own = parameter_groups(network, options)
     for state in states:
-        for group, asked in zip(state["param_groups"], own, strict=True):
+        groups = state["param_groups"]
+        if len(groups) != len(own):
+            raise UserError(
+                f"the checkpoint's optimizer has {len(groups)} groups of weights, and this run's "
+                f"has {len(own)}: it comes from another version; start a new run"
+            )
+        for group, asked in zip(groups, own, strict=True):
             group |= {"share": asked["share"], "weight_decay": options.adam_weight_decay}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Use `rate` from now on, or a group's share of it."""
     for group in optimizer.param_groups:
-        # Groups of older checkpoints, which Lightning loads whole, know no share.
-        group["lr"] = rate * group.get("share", 1.0)
+        group["lr"] = rate * group["share"]
 
 
 class Average:
@@ -84,6 +92,10 @@ class Average:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay
+        self.start(network)
+
+    def start(self, network: nn.Module) -> None:
+        """Begin with the weights that `network` has now."""
         self.weights = {name: part_of(p).detach().clone().float() for name, p in learning(network)}
 
     @torch.no_grad()

@@ -25,6 +25,7 @@ from controlfill.training.checkpoint import (
     load_optimizer,
     prune,
     save_checkpoint,
+    say_classes,
 )
 from controlfill.training.kinds import prepare
 from controlfill.training.loop import Plan, make_accelerator, make_team, train_loop
@@ -102,6 +103,7 @@ class Saver:
         state = {
             "step": step.index,
             "options": run.options.as_dict(),
+            "class_pictures": run.class_pictures,
             "scaler": scaler.state_dict() if scaler is not None else {},
         }
         folder = run.folder / f"checkpoint-{step.index}"
@@ -140,6 +142,7 @@ def restore(
 ) -> int:
     """Load the checkpoint to resume; returns its step."""
     state = read_json(resume / STATE)
+    say_classes(state, run.class_pictures)
     run.take(run.read(resume, WEIGHTS))
     load_optimizer(optimizer, load_file(resume / OPTIMIZER))
     if accelerator.scaler is not None and state.get("scaler"):

@@ -30,8 +30,10 @@ from controlfill.inference.pipeline import Pipeline
 from controlfill.models.bundle import Bundle
 from controlfill.options import CacheOptions, LearnOptions, RunOptions
 from controlfill.training.batches import (
+    Beside,
     Order,
     Places,
+    StreamBeside,
     Streamed,
     collate_prepared,
     count_steps,
@@ -123,6 +125,14 @@ class Run(ABC, Generic[Asked]):
     def total(self) -> int:
         """Optimizer steps of the whole run."""
         return count_steps(self.data.order, self.options, self.team.ranks)
+
+    @property
+    def class_pictures(self) -> int:
+        """How many pictures there are to stand beside those to learn from, in turn."""
+        order, learn = self.data.order, self.data.learn
+        if isinstance(learn, StreamBeside):
+            return len(learn.others)
+        return order.others if isinstance(order, Beside) else 0
 
     def batches(self, start: int, stop: int) -> DataLoader[Any]:
         """The batches of this process for the optimizer steps from `start` to `stop`."""

@@ -20,8 +20,9 @@ from controlfill.models.bundle import load_bundle
 from controlfill.models.controlnet import Header, load_controlnet, read_control_header
 from controlfill.models.convert import convert, find_source
 from controlfill.models.formats import Told, open_model
+from controlfill.models.headers import ZEROS
 from controlfill.models.layout import Cast, InMemory
-from controlfill.models.lora_names import ADAPTER_KEY
+from controlfill.models.lora_alphas import ADAPTER_KEY
 from controlfill.models.recognise import recognise
 from controlfill.models.single_file import load_checkpoint
 from controlfill.models.weights import open_weights
@@ -51,6 +52,10 @@ def same(a, b):
 )
 def test_bases_go_into_one_file_and_back(family, channels, pipeline, narrow, tmp_path):
     base, file, back = narrow(family, channels), tmp_path / "x.safetensors", tmp_path / "back"
+    if family == "sdxl":
+        base = copytree(base, tmp_path / "base")
+        index = json.loads((base / "model_index.json").read_text()) | {ZEROS: False}
+        (base / "model_index.json").write_text(json.dumps(index))
     told = []
     done = convert(ConvertOptions(source=base, out=file), lambda *report: told.append(report))
     assert (done.path, done.tensors) == (file, len(open_weights(file).names))
@@ -64,6 +69,8 @@ def test_bases_go_into_one_file_and_back(family, channels, pipeline, narrow, tmp
         assert second.configs[part] == config
     index = json.loads((back / "model_index.json").read_text())
     assert index["_class_name"] == pipeline
+    assert index.get(ZEROS) == (False if family == "sdxl" else None)
+    assert second.empty_is_zero == (family != "sdxl")
     assert index.keys() >= json.loads((base / "model_index.json").read_text()).keys() - {
         "requires_aesthetics_score"
     }
@@ -95,8 +102,9 @@ def test_one_file_is_loaded_as_the_folder_is(narrow, tmp_path):
     parts = load_checkpoint(file, tokenizer=str(base))
     assert parts.keys() == {
         "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler",
-        "pipeline",
+        "pipeline", "empty_is_zero",
     }  # fmt: skip
+    assert parts["empty_is_zero"] is True
     for part, weights in open_model(base).parts.items():
         state = {controls_name(n): t for n, t in parts[part].state_dict().items()}
         assert state.keys() == {controls_name(name) for name in weights.names}
@@ -162,6 +170,8 @@ def test_controlnets_of_other_tools_are_loaded(layout, suffix, control, tmp_path
     file = tmp_path / f"foreign.{suffix}"
     read = open_weights(tmp_path / "x.safetensors")
     tensors = {name: read[name] for name in read.names}  # without our header
+    if layout == "original":  # as lllyasviel's first releases, whole checkpoints
+        tensors["first_stage_model.x"] = torch.zeros(1)
     save_file(tensors, file) if suffix == "safetensors" else torch.save(tensors, file)
     assert read_control_header(file) is None
     loaded = load_controlnet(file, bundle, 3).state_dict()
@@ -172,7 +182,9 @@ def test_controlnets_of_other_tools_are_loaded(layout, suffix, control, tmp_path
             UserError, match="is of no release.*`controlfill convert` .* --config_from"
         ):
             convert(ConvertOptions(source=file, out=tmp_path / "back"))
-    convert(ConvertOptions(source=file, out=tmp_path / "told", config_from=folder))
+    notes = convert(ConvertOptions(source=file, out=tmp_path / "told", config_from=folder)).notes
+    left = "left out 1 tensors that diffusers has no place for"
+    assert notes == ((left,) if layout == "original" else ())
     assert same(open_model(folder), open_model(tmp_path / "told"))
 
 
@@ -262,8 +274,10 @@ def test_old_checkpoints_lose_what_has_no_place_and_say_so(narrow, tmp_path, cap
     assert back.configs["scheduler"]["prediction_type"] == "v_prediction"
     # From file to file nothing is lost.
     copy = tmp_path / "copy.safetensors"
-    convert(ConvertOptions(source=file, out=copy, prediction_type="v_prediction"))
+    convert(ConvertOptions(source=file, out=copy, prediction_type="v_prediction", config_from=base))
     assert set(open_weights(copy).names) == {*tensors, *more, "v_pred"}
+    # What was told is in its header, and needs not be told again.
+    assert open_model(copy).configs["unet"] == back.configs["unet"]
 
 
 def test_text_encoders_of_the_first_tools_are_read(narrow, tmp_path):
@@ -330,6 +344,38 @@ def test_alphas_of_loras_are_kept(tmp_path):
     # What has its alphas in its matrices tells none.
     convert(ConvertOptions(source=tmp_path / "kohya.safetensors", out=tmp_path / "back"))
     assert ADAPTER_KEY not in open_weights(tmp_path / "back").metadata
+    # Where some are tensors and one is told, all are in the matrices.
+    module = "unet.mid_block.resnets.0.time_emb_proj"
+    mixed = {f"{module}.lora_A.weight": torch.ones(2, 8), f"{module}.alpha": torch.tensor(6.0),
+             f"{module}.lora_B.weight": torch.ones(8, 2)}  # fmt: skip
+    save_file(state | mixed, tmp_path / "mixed.safetensors", about)
+    convert(ConvertOptions(source=tmp_path / "mixed.safetensors", out=tmp_path / "both"))
+    read = open_weights(tmp_path / "both")
+    assert ADAPTER_KEY not in read.metadata
+    for matrices, scale in ((state, 1 / 2), (mixed, 6 / 2)):
+        down, up = (name for name in matrices if name.endswith(".weight"))
+        wanted = matrices[up] @ matrices[down] * scale
+        torch.testing.assert_close(read[up] @ read[down], wanted)
+    save_file(state | mixed | {f"{module}.alpha": torch.tensor(torch.nan)}, file)
+    with pytest.raises(UserError, match=r"x.safetensors: .*alpha is nan; an alpha is one finite"):
+        convert(ConvertOptions(source=file, out=tmp_path / "nan"))
+
+
+def test_products_of_alphas_may_need_the_format_that_is_asked_for(tmp_path):
+    state = {"lora_unet_conv_in.lora_down.weight": torch.full((2, 3), 3e4).half(),
+             "lora_unet_conv_in.lora_up.weight": torch.ones(3, 2).half(),
+             "lora_unet_conv_in.alpha": torch.tensor(16.03)}  # fmt: skip
+    file = tmp_path / "x.safetensors"
+    save_file(state, file)
+    options = {"source": file, "layout": "diffusers"}
+    with pytest.raises(UserError, match="too large for float16; use --dtype bf16 or fp32"):
+        convert(ConvertOptions(**options, out=tmp_path / "keep.safetensors"))
+    convert(ConvertOptions(**options, out=tmp_path / "wide.safetensors", dtype="fp32"))
+    read = open_weights(tmp_path / "wide.safetensors")
+    torch.testing.assert_close(read["unet.conv_in.lora_A.weight"], torch.full((2, 3), 240450.0))
+    convert(ConvertOptions(source=file, out=tmp_path / "kohya.safetensors", dtype="fp16"))
+    again = open_weights(tmp_path / "kohya.safetensors")["lora_unet_conv_in.alpha"]
+    assert torch.equal(again, state["lora_unet_conv_in.alpha"])
 
 
 def test_alphas_in_a_folder_of_peft_are_read(tmp_path):
@@ -338,13 +384,30 @@ def test_alphas_in_a_folder_of_peft_are_read(tmp_path):
     folder.mkdir()
     names = {f"base_model.model.{n.removeprefix('unet.')}": t for n, t in state.items()}
     save_file(names, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8}))
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({"r": 2, "lora_alpha": 8, "newer": 1, "rank_pattern": None}))
     convert(ConvertOptions(source=folder, out=tmp_path / "kohya.safetensors"))
     read = open_weights(tmp_path / "kohya.safetensors")
     assert [float(read[n]) for n in read.names if n.endswith(".alpha")] == [8.0]
     done = convert(ConvertOptions(source=folder, out=tmp_path / "diffusers"))
     told = json.loads(open_weights(done.path).metadata[ADAPTER_KEY])
-    assert told["unet.lora_alpha"] == 8
+    assert told == {"unet.r": 2, "unet.lora_alpha": 8}
+    # It tells nothing of other LoRAs beside it, and is a mapping.
+    save_file(names, folder / "other.safetensors")
+    convert(ConvertOptions(source=folder / "other.safetensors", out=tmp_path / "o.safetensors"))
+    read = open_weights(tmp_path / "o.safetensors")
+    assert [float(read[n]) for n in read.names if n.endswith(".alpha")] == [2.0]
+    config.write_text("[]")
+    with pytest.raises(UserError, match="PEFT writes a mapping there"):
+        convert(ConvertOptions(source=folder, out=tmp_path / "x.safetensors"))
+    # A pickle of PEFT is found too.
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "other.safetensors").unlink()
+    torch.save(names, folder / "adapter_model.bin")
+    config.write_text(json.dumps({"lora_alpha": 6}))
+    convert(ConvertOptions(source=folder, out=tmp_path / "b.safetensors"))
+    read = open_weights(tmp_path / "b.safetensors")
+    assert [float(read[n]) for n in read.names if n.endswith(".alpha")] == [6.0]
 
 
 def test_numbers_too_large_for_a_format_are_refused(tmp_path):
@@ -390,11 +453,48 @@ def test_eight_channels_keep_what_they_are_for(narrow, tmp_path):
     # Of files that say nothing, InstructPix2Pix's are by far the most.
     read = open_weights(file)
     save_file({name: read[name] for name in read.names}, tmp_path / "untold.safetensors")
-    untold = open_model(tmp_path / "untold.safetensors", Told(config_from=base))
-    assert untold.pipeline == pix2pix
-    assert "is taken for InstructPix2Pix's" in untold.notes[0]
+    # A class that somebody else's header names is none that diffusers shall load.
+    odd = {"controlfill_configs": json.dumps({"pipeline": {"_class_name": "OddPipeline"}})}
+    save_file({name: read[name] for name in read.names}, tmp_path / "odd.safetensors", odd)
+    for name in ("untold", "odd"):
+        untold = open_model(tmp_path / f"{name}.safetensors", Told(config_from=base))
+        assert untold.pipeline == pix2pix
+        assert "is taken for InstructPix2Pix's" in untold.notes[0]
     wide = configs.pipeline_class(configs.PAIR_CHANNELS, two=True)
     assert wide == "StableDiffusionXLInstructPix2PixPipeline"
+
+
+def test_whole_models_of_other_channels_are_refused(narrow, tmp_path):
+    """Such as SD 2's depth model and upscaler, as a folder and as a file."""
+    base, file = copytree(narrow("sd15", 8), tmp_path / "base"), tmp_path / "x.safetensors"
+    convert(ConvertOptions(source=base, out=file))
+    read, first = open_weights(file), "model.diffusion_model.input_blocks.0.0.weight"
+    state = {name: read[name] for name in read.names}
+    config = json.loads((base / "unet" / "config.json").read_text()) | {"in_channels": 5}
+    (base / "unet" / "config.json").write_text(json.dumps(config))
+    told = {"controlfill_configs": json.dumps(open_configs(read) | {"unet": config})}
+    save_file(state | {first: state[first][:, :5].clone()}, tmp_path / "five.safetensors", told)
+    for source in (base, tmp_path / "five.safetensors"):
+        with pytest.raises(UserError, match=r"its UNet takes 5 channels, as that of SD 2's depth"):
+            open_model(source)
+
+
+def open_configs(weights):
+    """The configs in a header of ours."""
+    return json.loads(weights.metadata["controlfill_configs"])
+
+
+def test_marks_of_a_unet_alone_are_not_lost(narrow, tmp_path):
+    unet, file = narrow("sd15", 4) / "unet", tmp_path / "x.safetensors"
+    convert(ConvertOptions(source=unet, out=file))
+    read, state = open_weights(file), {"v_pred": torch.zeros(0)}
+    for number, prefix in enumerate(("model.diffusion_model.", "")):
+        marked = tmp_path / f"marked{number}.safetensors"
+        save_file(state | {f"{prefix}{n}": read[n] for n in read.names}, marked, read.metadata)
+        for out in (tmp_path / f"again{number}.safetensors", tmp_path / f"folder{number}"):
+            convert(ConvertOptions(source=marked, out=out, dtype="fp16"))
+            assert open_weights(out).metadata["modelspec.prediction_type"] == "v"
+            assert set(open_model(out).parts["unet"].names) == set(open_weights(unet).names)
 
 
 def test_unets_alone_say_what_they_predict_when_told(narrow, tmp_path):
@@ -410,6 +510,8 @@ def test_unets_alone_say_what_they_predict_when_told(narrow, tmp_path):
         options = {"source": source, "out": tmp_path / "x.safetensors"}
         with pytest.raises(UserError, match="--prediction_type is for checkpoints and UNets; this"):
             convert(ConvertOptions(**options, prediction_type="v_prediction"))
+    with pytest.raises(UserError, match="--config_from is for .*; of a LoRA from a file into a fi"):
+        convert(ConvertOptions(**options, config_from=unet))
 
 
 def test_epsilon_takes_the_marks_of_v_away(narrow, tmp_path):
@@ -460,6 +562,15 @@ def test_what_cannot_be_written_is_refused_before_anything_is(narrow, tmp_path, 
         ({"out": tmp_path / "x.ckpt"}, "pickles are read, not written"),
         ({"out": file, "source": file}, "is what is read; name another"),
         ({"out": tmp_path / "full"}, "is not empty; name a new folder"),
+        ({"out": tmp_path / "full" / "a"}, "is a file; name a new folder"),
+        (
+            {"out": tmp_path / "d.safetensors", "source": file, "tokenizer": str(base)},
+            "--tokenizer is for checkpoints that become folders; of a checkpoint from a file in",
+        ),
+        (
+            {"out": tmp_path / "d", "config_from": tmp_path / "none"},
+            "--config_from is for .* in single files; of a checkpoint from a folder into a folder",
+        ),
         ({"out": tmp_path / "d", "layout": "original"}, "--layout original is one file"),
         ({"out": tmp_path / "d.safetensors", "layout": "diffusers"}, "has original names"),
         ({"out": tmp_path / "d", "source": file, "tokenizer": "none"}, "none can't be loaded"),

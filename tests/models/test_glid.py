@@ -10,8 +10,12 @@ from safetensors.torch import load_file, save_file
 from controlfill.errors import UserError
 from controlfill.models import glid
 from controlfill.models.bundle import load_bundle
+from controlfill.models.configs import SPEC_KEY
 from controlfill.models.convert import convert
 from controlfill.models.formats import open_model
+from controlfill.models.headers import CONFIGS_KEY, ZEROS
+from controlfill.models.layout import InMemory
+from controlfill.models.recognise import UNET
 from controlfill.models.weights import open_weights
 from controlfill.options import ConvertOptions
 
@@ -28,7 +32,7 @@ def alone(narrow, tmp_path_factory):
 def whole(alone, tmp_path_factory):
     """A whole checkpoint around it: other parts, and an average of the UNet."""
     unet = load_file(alone)
-    parts = {f"{glid.PREFIX}{name}": tensor for name, tensor in unet.items()}
+    parts = {f"{UNET}{name}": tensor for name, tensor in unet.items()}
     parts |= {f"first_stage_model.x{i}.weight": torch.randn(3, 2) for i in range(3)}
     parts |= {"cond_stage_model.y": torch.arange(4), "model_ema.diffusion_modelout": torch.ones(1)}
     file = tmp_path_factory.mktemp("whole") / "model.safetensors"
@@ -56,6 +60,8 @@ def test_split_has_the_names_of_stable_diffusion_without_a_prefix(narrow, tmp_pa
     prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in found.items()}
     theirs = convert_ldm_unet_checkpoint(prefixed, config=dict(own.config))
     assert same(theirs, own.state_dict())
+    said = open_weights(tmp_path / "unet.safetensors").metadata[SPEC_KEY]
+    assert said == ("v" if family == "sd2" else "epsilon")  # as the folder's scheduler
 
 
 def test_split_and_join_give_the_checkpoint_back_bit_by_bit(whole, alone, tmp_path):
@@ -76,9 +82,30 @@ def test_split_and_join_give_the_checkpoint_back_bit_by_bit(whole, alone, tmp_pa
     assert about == {"format": "pt", "modelspec.title": "mine"}
 
 
+def test_predictions_are_told_and_compared(narrow, whole, alone, tmp_path):
+    marked, unet, out = (tmp_path / f"{name}.safetensors" for name in ("marked", "unet", "out"))
+    save_file(load_file(whole) | {"v_pred": torch.zeros(0)}, marked)
+    glid.split(marked, unet)
+    assert open_weights(unet).metadata[SPEC_KEY] == "v"
+    assert "v_pred" not in open_weights(unet)
+    for base, where in ((whole, out), (narrow("sd15"), tmp_path / "out")):
+        for new in (unet, marked):
+            with pytest.raises(UserError, match=r"predicts epsilon, .* v_prediction; .* noise"):
+                glid.join(base, new, where)
+        assert not where.exists()
+    with pytest.raises(UserError, match=r"predicts v_prediction, .* epsilon; "):
+        glid.join(marked, alone, out)
+    glid.join(marked, unet, out)
+    assert "v_pred" in open_weights(out)
+    # What says nothing is made to say nothing, and fits everywhere.
+    glid.split(whole, tmp_path / "untold.safetensors")
+    assert SPEC_KEY not in open_weights(tmp_path / "untold.safetensors").metadata
+    glid.join(marked, tmp_path / "untold.safetensors", tmp_path / "joined.safetensors")
+
+
 def test_halves_stay_halves_and_pickles_are_read(alone, tmp_path):
     half = {name: tensor.half() for name, tensor in load_file(alone).items()}
-    torch.save({f"{glid.PREFIX}{n}": t for n, t in half.items()}, tmp_path / "model.ckpt")
+    torch.save({f"{UNET}{n}": t for n, t in half.items()}, tmp_path / "model.ckpt")
     glid.split(tmp_path / "model.ckpt", tmp_path / "unet.safetensors")
     assert same(load_file(tmp_path / "unet.safetensors"), half)
 
@@ -161,14 +188,29 @@ def test_counts_that_nobody_trained_are_refused(narrow, alone, tmp_path):
         load_bundle(str(narrow("sd15")), inpainting=True, unet=tmp_path / "five.safetensors")
 
 
-def test_other_networks_of_eight_channels_are_refused(narrow, tmp_path):
+def test_other_networks_of_eight_channels_are_refused(narrow, alone, tmp_path):
     folder = tmp_path / "instruct"
     shutil.copytree(narrow("sd15", in_channels=8), folder)
     index = json.loads((folder / "model_index.json").read_text())
     index["_class_name"] = "StableDiffusionInstructPix2PixPipeline"
     (folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="StableDiffusionInstructPix2PixPipeline, whose UNet of 8"):
-        load_bundle(str(folder), inpainting=True)
+    file = tmp_path / "unet.safetensors"
+    about = {CONFIGS_KEY: json.dumps({"pipeline": {"_class_name": index["_class_name"]}})}
+    state = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file(state, file, metadata=about)
+    plain = str(narrow("sd15"))
+    for base, unet in ((folder, None), *((plain, u) for u in (folder, folder / "unet", file))):
+        with pytest.raises(UserError, match="InstructPix2PixPipeline, whose UNet of 8"):
+            load_bundle(str(base), inpainting=True, unet=unet)
+    # One of glid-3-xl-stable that is joined into it makes it another pipeline.
+    glid.join(folder, alone, tmp_path / "joined")
+    index = json.loads((tmp_path / "joined" / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    turbo = InMemory({"conditioner.embedders.0.model.x": torch.ones(1)})
+    told = json.loads(glid.with_pipeline({}, turbo, 8)[CONFIGS_KEY])
+    assert told["pipeline"]["_class_name"] == "StableDiffusionPipeline"
+    joined = {CONFIGS_KEY: json.dumps({"pipeline": {"_class_name": "x", ZEROS: False}})}
+    assert json.loads(glid.with_channels(joined, 4)[CONFIGS_KEY]) == {"pipeline": {ZEROS: False}}
 
 
 def test_what_is_there_is_not_lost(whole, alone, tmp_path):

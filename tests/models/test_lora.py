@@ -28,7 +28,7 @@ from controlfill.models.lora import (
     save_kohya,
     save_lora,
 )
-from controlfill.models.lora_names import ADAPTER_KEY
+from controlfill.models.lora_alphas import ADAPTER_KEY
 
 SHAPE = LoraShape(rank=4, alpha=2.0, targets=("to_q", "to_v", "to_out.0"))
 
@@ -103,7 +103,7 @@ def test_a_lora_put_into_a_base_predicts_as_when_it_was_trained(trained):
 
 
 def test_rank_stabilised_loras_count_over_the_root_of_their_rank(tmp_path):
-    tensors = {f"unet.a.to_q.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}
+    tensors = {f"unet.mid_block.to_q.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}
     for stable, scale in [(False, 0.5), (True, 1.0)]:
         about = {"unet.r": 4, "unet.lora_alpha": 2.0, "unet.use_rslora": stable}
         save_file(tensors, tmp_path / LORA, metadata={ADAPTER_KEY: json.dumps(about)})
@@ -171,6 +171,14 @@ def test_what_does_not_fit_is_one_line(trained, narrow, tmp_path):
     save_file(foreign, tmp_path / "foreign.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
     save_file({"conv.weight": torch.zeros(2)}, tmp_path / "none.safetensors")
+    for scale in ("nan", "-inf"):
+        with pytest.raises(UserError, match=f"the scale {scale} is no finite number"):
+            find_lora(f"{file}:{scale}")
+    about = {"base": "x", "base_family": "sd-32"}
+    for text in ("{", '"x"', json.dumps(about), json.dumps(about | {"prediction_type": 1})):
+        save_file(foreign, tmp_path / "odd.safetensors", metadata={"controlfill": text})
+        with pytest.raises(UserError, match="odd.safetensors is damaged: "):
+            fuse_lora(bundle, tmp_path / "odd.safetensors", 1.0)
     with pytest.raises(UserError, match="does not say what base it was trained on"):
         load(loras=[str(tmp_path / "foreign.safetensors")])
     for name, words in {

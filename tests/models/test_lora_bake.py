@@ -14,6 +14,7 @@ from controlfill.errors import UserError
 from controlfill.files import read_header
 from controlfill.models.bundle import load_bundle
 from controlfill.models.convert import convert
+from controlfill.models.inpainter import TunedHeader
 from controlfill.models.layout_text import full_name
 from controlfill.models.lora import find_lora, fuse_lora
 from controlfill.models.lora_names import to_kohya
@@ -228,8 +229,8 @@ PAIR = {f"{Q}.lora_A.weight": torch.zeros(2, 32), f"{Q}.lora_B.weight": torch.ze
         ({k: torch.zeros(2, 24) if "_A" in k else v for k, v in PAIR.items()},
          "was made for another base: its unet.mid_block.*to_q is 32x24, that of .* 32x32"),
         ({k: torch.zeros(64, 2) if "_B" in k else v for k, v in PAIR.items()}, "is 64x32, that of"),
-        (PAIR | {"text_encoder_2.q_proj.lora_A.weight": torch.zeros(2, 32),
-                 "text_encoder_2.q_proj.lora_B.weight": torch.zeros(32, 2)},
+        (PAIR | {"text_encoder_2.text_projection.lora_A.weight": torch.zeros(2, 32),
+                 "text_encoder_2.text_projection.lora_B.weight": torch.zeros(32, 2)},
          "changes the text_encoder_2 too, which .* has not"),
         (PAIR | {f"{Q}.lora_B.bias": torch.zeros(32)}, "lora_B.bias is no part of a plain LoRA"),
         (PAIR | {f"{Q}.lora_magnitude_vector": torch.zeros(32)}, "magnitude_vector belongs to no"),
@@ -243,6 +244,25 @@ def test_loras_that_do_not_fit_are_refused(narrow, tmp_path, state, words):
         bake(narrow("sd15"), file, out=tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert [f.name for f in tmp_path.iterdir()] == ["l.safetensors"]
+
+
+def test_what_a_lora_says_of_its_base_is_heeded(narrow, tmp_path):
+    about = {"base": "x", "base_family": "sd-32", "prediction_type": "epsilon"}
+    file, unet = tmp_path / "l.safetensors", narrow("sd15") / "unet"
+    for change in ({"base_family": "sdxl-32"}, {"prediction_type": "v_prediction"}, {}):
+        save_file(PAIR, file, TunedHeader(**about | change).as_metadata())
+        if change:
+            with pytest.raises(UserError, match=r"was trained on a .* base, but .* is sd-32 epsil"):
+                bake(narrow("sd15"), file, out=tmp_path / "out")
+    bake(unet, file, out=tmp_path / "out")
+
+
+def test_no_lora_goes_into_a_controlnet(tmp_path):
+    names = ("zero_convs.0.0.weight", "time_embed.0.weight")
+    control = write(tmp_path / "c.safetensors", {name: torch.zeros(2, 2, 1, 1) for name in names})
+    lora = write(tmp_path / "l.safetensors", PAIR)
+    with pytest.raises(UserError, match="is a ControlNet, into which no LoRA goes"):
+        bake(control, lora, out=tmp_path / "out.safetensors")
 
 
 def test_scales_and_loras_are_as_many(narrow, tmp_path):

@@ -16,14 +16,8 @@ from narrow import make_unet
 
 from controlfill.errors import UserError
 from controlfill.models.layout import InMemory
-from controlfill.models.lora_names import (
-    ADAPTER_KEY,
-    detect,
-    from_kohya,
-    pairs,
-    split_scale,
-    to_kohya,
-)
+from controlfill.models.lora_alphas import ADAPTER_KEY
+from controlfill.models.lora_names import from_kohya, pairs, split_scale, to_kohya
 from controlfill.models.recognise import recognise
 
 RANK = 4
@@ -71,7 +65,8 @@ def lora(request):
 def test_names_go_to_kohya_and_back(lora):
     family, made = lora
     kohya = to_kohya(made)
-    assert (detect(made), detect(kohya), detect(["conv_in.weight"])) == ("diffusers", "kohya", None)
+    layouts = [recognise(InMemory(state)).layout for state in (made, kohya)]
+    assert layouts == ["diffusers", "kohya"]
     assert len(kohya) == len(made) * 3 // 2
     back = from_kohya(kohya)
     assert back.keys() == made.keys()
@@ -124,6 +119,32 @@ def test_alphas_scale_the_product(alpha):
     down, up = from_kohya(kohya).values()
     first, second = made.values()
     torch.testing.assert_close(up @ down, second @ first * alpha / RANK)
+    # Eight bits know no product, but hold this one.
+    small = {n: torch.ones_like(t).to(torch.float8_e4m3fn) for n, t in kohya.items()}
+    down, up = from_kohya(small | {name: torch.tensor(alpha)}).values()
+    assert {down.dtype, up.dtype} == {torch.float8_e4m3fn}
+    assert float(up.float()[0] @ down.float()[:, 0]) == pytest.approx(alpha, rel=0.05)
+
+
+def test_products_that_a_format_cannot_hold_are_refused():
+    stem = "lora_unet_mid_block_resnets_0_conv1"
+    made = {f"{stem}.lora_down.weight": torch.full((2, 3, 1, 1), 3e4).half(),
+            f"{stem}.lora_up.weight": torch.ones(3, 2, 1, 1).half()}  # fmt: skip
+    large = torch.full((2, 2, 3, 3), 2.0).half()
+    for more in ({f"{stem}.alpha": torch.tensor(8.0)}, {f"{stem}.lora_mid.weight": large}):
+        with pytest.raises(UserError, match=r"numbers of up to 1.2e\+05, too large for float16"):
+            from_kohya(made | more)
+        assert all(
+            torch.isfinite(tensor).all()
+            for tensor in from_kohya({n: t.float() for n, t in (made | more).items()}).values()
+        )
+
+
+def test_alphas_have_their_precision_whatever_the_format():
+    half = {n: t.bfloat16() for n, t in make_lora({"unet.conv_in": (6, 4)}).items()}
+    about = {ADAPTER_KEY: json.dumps({"unet.lora_alpha": 16.03})}
+    alpha = to_kohya(half, about)["lora_unet_conv_in.alpha"]
+    assert torch.equal(alpha, torch.tensor(16.03))
 
 
 def test_scales_are_split_so_that_half_precision_keeps_them():
@@ -152,8 +173,24 @@ def test_alphas_of_diffusers_headers_are_kept():
     assert float(kohya["lora_unet_down_blocks_0_attentions_0_proj_in.alpha"]) == 2
     kohya = to_kohya(made, {ADAPTER_KEY: json.dumps(told | {"unet.use_rslora": True})})
     assert float(kohya["lora_unet_conv_in.alpha"]) == 16 * RANK**0.5
-    with pytest.raises(UserError, match="header is damaged"):
-        to_kohya(made, {ADAPTER_KEY: "{"})
+    # PEFT's patterns are regular expressions of the ends of names, up to a dot.
+    told["unet.alpha_pattern"] = {"in": 3, r"attentions\.\d+\.proj_(in|out)": 5}
+    kohya = to_kohya(made, {ADAPTER_KEY: json.dumps(told)})
+    assert [float(t) for n, t in kohya.items() if n.endswith(".alpha")] == [5, 16]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "null", "[]", "3", '{"unet.lora_alpha": "8"}', '{"unet.lora_alpha": NaN}',
+     '{"unet.lora_alpha": true}', '{"unet.alpha_pattern": [2]}', '{"unet.use_rslora": "no"}',
+     '{"unet.alpha_pattern": {"to_q": null}}', '{"unet.alpha_pattern": {"(": 2}}'],
+)  # fmt: skip
+def test_damaged_headers_are_one_line(text):
+    made = make_lora({"unet.conv_in": (6, 4, 3, 3)})
+    for read in (to_kohya, from_kohya):
+        with pytest.raises(UserError, match="the LoRA's header is damaged: ") as caught:
+            read(made, {ADAPTER_KEY: text})
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +216,10 @@ def test_alphas_of_diffusers_headers_are_kept():
 def test_other_names_that_are_read(name, meant):
     made = {name.format("down"): torch.ones(2, 3), name.format("up"): torch.ones(3, 2)}
     assert list(from_kohya(made)) == [f"{meant}.lora_A.weight", f"{meant}.lora_B.weight"]
+    stem = name.partition("_lora.{}" if "_lora.{}" in name else ".lora")[0]
+    ends = (".alpha", ".lora.alpha", "_lora.alpha") if "_lora.{}" in name else (".alpha",)
+    for end in (*ends, *((".lora.alpha",) if ".lora.{}" in name else ())):
+        assert pairs(made | {f"{stem}{end}": torch.tensor(7.0)})[meant][2] == 7
 
 
 def test_attention_processors_of_old_files_are_read_as_diffusers_does():
@@ -246,6 +287,19 @@ def test_what_is_no_lora_is_one_line():
           "unet.conv_in.lora_B.weight": two.T}, "are both of unet.conv_in"),
         ({down.replace("conv_in", "input_blocks_11_1_proj_in"): two,
           up.replace("conv_in", "input_blocks_11_1_proj_in"): two.T}, "is no layer of SDXL"),
+        ({down: two, up: two.T, "lora_unet_conv_out.alpha": two[0, 0]}, "conv_out.alpha is no pa"),
+        ({down: two, up: torch.ones(2)}, r"lora_up.weight has the shape \[2\]; a matrix of a LoRA"),
+        ({down: torch.ones(0, 3), up: torch.ones(3, 0)}, r"has the shape \[0, 3\]"),
+        ({down: two, up: torch.ones(3, 2, 3, 3)}, "are convolutions that don't go together"),
+        ({down: two, up: two.T, down.replace("down", "mid"): torch.ones(2, 2)}, "don't go togethe"),
+        *(({down: two, up: two.T, "lora_unet_conv_in.alpha": alpha}, f"alpha is {words}; an alpha")
+          for alpha, words in ((torch.ones(0), "0 numbers"), (torch.tensor(torch.nan), "nan"))),
+        *(({f"{stem}.lora_A.weight": two, f"{stem}.lora_B.weight": two.T},
+           f"{stem} is no layer of a Stable Diffusion's UNet or text encoder")
+          for stem in (
+            "lora_unet_double_blocks_0_img_attn_proj", "lora_te3_encoder_block_0_layer_0_wo",
+            "transformer.single_transformer_blocks.0.attn.to_q", "model.layers.0.self_attn.q_proj",
+            "lora_prior_unet_down_blocks_0_proj_in", "text_encoder.encoder.block.0.layer.0.wo")),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=words) as caught:
             from_kohya(weights)
@@ -286,6 +340,10 @@ def test_the_base_of_a_lora_is_recognised(width, family):
         what = recognise(InMemory(weights))
         assert (what.kind, what.layout, what.family) == ("lora", layout, family)
     assert recognise(InMemory(make_lora({"unet.conv_in": (6, 4)}))).family == ""
+    # Its text encoder is the first of two for SDXL, whatever else it leaves alone.
+    text = {"text_encoder.text_model.encoder.layers.0.mlp.fc1": (8, 8)}
+    start = "lora_te1_" if family == "sdxl" else "lora_te_"
+    assert any(n.startswith(start) for n in to_kohya(made | make_lora(text)))
 
 
 def test_modules_have_their_alpha():

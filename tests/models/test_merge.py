@@ -390,6 +390,10 @@ def test_formulas_read_what_they_need_only():
         ("abt", {}, "conv_in.weight is 6x4x3x3 and 6x8x3x3 in these models"),
         ("abo", {}, "is a file in the original layout; bring them to one layout"),
         ("abv", {}, "is a VAE; bring them"),
+        ("abk", {}, "is a ControlNet; bring them"),
+        ("abp", {}, "is an IP-Adapter, which is not merged"),
+        ("ee", {"method": "weighted_sum", "parts": ("vae",), "block_alphas": "1,1"},
+         "names blocks of the UNet, which --parts leaves out; name BASE"),
         ("nbc", {}, r"n.safetensors: conv_out.weight holds NaN or infinite numbers"),
         ("aic", {}, r"i.safetensors: conv_out.weight holds NaN or infinite numbers"),
         ("99a", {}, "the UNets of A and B take 9 channels and the others 4"),
@@ -405,10 +409,15 @@ def test_what_is_refused(make, tmp_path, models, options, words):
     }  # fmt: skip
     made = {}
     for letter in models:
-        if letter in "omv":
+        if letter in "ekmopv":
             state = {
                 "o": {"model.diffusion_model.out.2.bias": torch.zeros(2)},
                 "v": {"decoder.conv_in.weight": torch.zeros(2, 2)},
+                "e": {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2, 4, 3, 3),
+                      "first_stage_model.x": torch.zeros(2)},
+                "k": {n: torch.zeros(2, 2)
+                      for n in ("zero_convs.0.0.weight", "time_embed.0.weight")},
+                "p": {"ip_adapter.1.to_k_ip.weight": torch.zeros(2, 2)},
                 "m": {n: torch.zeros(s) for n, s in SHAPES.items() if n != "conv_out.weight"},
             }[letter]  # fmt: skip
             made[letter] = write(tmp_path / f"{letter}.safetensors", state)
@@ -492,11 +501,11 @@ def test_what_a_unet_alone_predicts_is_told_on_and_never_made_up(make, tmp_path)
         "time_embed.0.weight": torch.ones(2),
         "input_blocks.0.0.weight": torch.ones(2, 4, 1, 1),
     }
-    assert merge_sources.file_prediction(InMemory(alone), True) is None
+    assert merge_sources.file_prediction(InMemory(alone)) is None
     whole = {f"model.diffusion_model.{name}": tensor for name, tensor in alone.items()}
-    assert merge_sources.file_prediction(InMemory(whole), True) is None
+    assert merge_sources.file_prediction(InMemory(whole)) is None
     whole["first_stage_model.encoder.conv_in.bias"] = torch.ones(2)
-    assert merge_sources.file_prediction(InMemory(whole), True) == "epsilon"
+    assert merge_sources.file_prediction(InMemory(whole)) == "epsilon"
 
 
 def test_an_index_leads_out_of_no_folder(narrow, tmp_path):

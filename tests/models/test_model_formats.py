@@ -298,6 +298,7 @@ def narrow_shapes():
 
 def test_what_a_file_predicts():
     from controlfill.models.configs import V_BIAS, marks, told_prediction
+    from controlfill.models.headers import CONFIGS_KEY, file_prediction
 
     first = {"input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3)}
     plain = InMemory(first | {V_BIAS: torch.zeros(320)})
@@ -309,6 +310,9 @@ def test_what_a_file_predicts():
     assert told_prediction(marked, plain, "sdxl") == "v_prediction"
     kohya = InMemory({}, {"modelspec.prediction_type": "v"})
     assert told_prediction(kohya, plain, "sd15") == "v_prediction"
+    for told in ("[1]", '{"scheduler": "x"}', "{", "null"):
+        with pytest.raises(UserError, match="the header of the file is damaged"):
+            file_prediction(InMemory({}, {CONFIGS_KEY: told}))
     assert marks({"rescale_betas_zero_snr": True}).names == ("ztsnr",)
     assert marks({"prediction_type": "epsilon"}).names == ()
 

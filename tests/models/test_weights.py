@@ -84,7 +84,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("stem", ["diffusion_pytorch_model", "model"])
+@pytest.mark.parametrize("stem", ["diffusion_pytorch_model", "model", "adapter_model"])
 @pytest.mark.parametrize("kind", ["plain", "fp16", "shards", "fp16 shards", "bin"])
 def test_folders_of_one_network(stem, kind, tmp_path):
     state = {"a": torch.ones(2), "b": torch.zeros(3)}

@@ -1,17 +1,23 @@
 """Caches: the same numbers as without, fresh posteriors, dropped prompts, nothing stale."""
 
 import json
+import os
 from dataclasses import replace
+from datetime import timedelta
 
 import numpy as np
 import pytest
 from conftest import final_weights, finish, same_weights
 from PIL import Image
 
-from controlfill.data.cache import open_cache
+from controlfill.data.cache import describe, open_cache
+from controlfill.data.sample import PreparedSource
+from controlfill.data.sources import open_source
 from controlfill.errors import UserError
 from controlfill.options import CacheOptions
+from controlfill.training import caching
 from controlfill.training.caching import build_cache
+from controlfill.training.loop import make_accelerator
 
 
 @pytest.fixture
@@ -68,8 +74,7 @@ def test_training_with_a_cache_calls_no_encoder_and_learns_the_same(run, asked, 
 
 
 def test_cuts_repeat_after_their_variants_and_masks_never(run, asked):
-    from controlfill.data.sample import PreparedSource
-    from controlfill.data.sources import make_preparation, open_source
+    from controlfill.data.sources import make_preparation
 
     build(replace(asked, variants=2))
     cache = open_cache(asked.cache_dir, {})
@@ -91,6 +96,13 @@ def test_every_wording_is_there_once_and_the_empty_one(asked):
     texts = open_cache(asked.cache_dir, {}).texts
     assert texts.get(["square", ""])[0].shape[0] == 2
     assert texts.get(["square", "never seen"]) is None
+    # Caches from before there was a mark of their end: in those, texts came last.
+    del index["whole"]
+    (asked.cache_dir / "index.json").write_text(json.dumps(index))
+    assert open_cache(asked.cache_dir, {}).texts.place == texts.place
+    (asked.cache_dir / "texts.safetensors").unlink()
+    with pytest.raises(UserError, match="is not finished"):
+        open_cache(asked.cache_dir, {})
 
 
 def test_without_texts_the_text_encoder_is_asked(run, asked):
@@ -131,11 +143,12 @@ def test_another_encoder_is_refused(run, asked, narrow_base):
         finish(other)
     with pytest.raises(UserError, match="holds no cache; make one with `controlfill cache`"):
         finish(replace(run, cache_dir=asked.cache_dir / "none"))
+    os.utime(asked.data + "/0.png", (0, 0))
+    with pytest.raises(UserError, match="stale: it was made with files .*, this run has"):
+        finish(replace(run, cache_dir=asked.cache_dir))
 
 
 def test_an_interrupted_pass_goes_on(asked, monkeypatch):
-    from controlfill.training import caching
-
     monkeypatch.setattr(caching, "PER_SHARD", 3)
     encode, calls = caching.encode_batch, []
 
@@ -147,7 +160,9 @@ def test_an_interrupted_pass_goes_on(asked, monkeypatch):
 
     monkeypatch.setattr(caching, "encode_batch", dies)
     with pytest.raises(OSError, match="No space"):
-        build(asked)
+        build(replace(asked, text=False))
+    with pytest.raises(UserError, match="is not finished; .* goes on where it was"):
+        open_cache(asked.cache_dir, {})
     build(asked)
     assert calls == [3, 3, 3, 0]
     cache = open_cache(asked.cache_dir, {})
@@ -158,9 +173,61 @@ def test_an_interrupted_pass_goes_on(asked, monkeypatch):
         build(replace(asked, image_size=32))
 
 
+def test_pictures_that_come_back_take_nothing_from_others(asked, monkeypatch):
+    monkeypatch.setattr(caching, "PER_SHARD", 1)
+    few, cut = replace(asked, max_train_samples=3, text=False), PreparedSource.cut
+
+    def away(self, index, variant):
+        if index == 0:
+            raise UserError("away")
+        return cut(self, index, variant)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreparedSource, "cut", away)
+        assert build(few)[1] == ["away"]
+    assert len(list(asked.cache_dir.glob("latents-*"))) == 2  # none that is empty
+    assert build(few)[1] == []
+    latents = open_cache(asked.cache_dir, {}).latents
+    assert len({latents.read(index, 0).tobytes() for index in range(3)}) == 3
+
+
+def test_a_cache_of_other_pictures_is_stale(pictures, asked, monkeypatch):
+    monkeypatch.setenv("CONTROLFILL_CACHE", str(pictures.parent / "indices"))
+    masks = pictures.parent / "masks"
+    masks.mkdir()
+    for file in pictures.glob("*.png"):
+        (masks / file.name).write_bytes(file.read_bytes())
+    rows = [{"id": n, "file_name": f"{n}.png", "height": 8, "width": 8} for n in range(7)]
+    ann_file = pictures.parent / "ann.json"
+    ann_file.write_text(json.dumps({"images": rows, "annotations": []}))
+
+    def marks():
+        table = pictures / "metadata.csv"
+        kinds = [{}, {"mask_dir": masks}, {"ann_file": ann_file}, {"max_train_samples": 3}]
+        sources = [open_source(str(pictures), replace(asked, **kind)) for kind in kinds]
+        table.write_text("file_name\n" + "".join(f"{n}.png\n" for n in range(7)))
+        sources.append(open_source(str(pictures), asked))
+        table.unlink()
+        return [describe("here", source, asked, False)["files"] for source in sources]
+
+    def changed(file):
+        before = marks()
+        os.utime(file, (0, 0))
+        return [old != new for old, new in zip(before, marks(), strict=True)]
+
+    assert changed(pictures / "0.png") == [True] * 5
+    assert changed(pictures / "5.png") == [True, True, True, False, True]
+    assert changed(masks / "0.png") == [False, True, False, False, False]
+    assert changed(pictures / "0.txt") == [False] * 5  # new words are encoded when they are met
+
+
+def test_processes_wait_for_one_that_encodes(run):
+    assert make_accelerator(run).init_handler.timeout > timedelta(hours=1)
+
+
 def test_shards_cant_be_cached(asked, tmp_path):
     from controlfill.data.prepare import write_shards
-    from controlfill.data.sources import Subset, open_source
+    from controlfill.data.sources import Subset
 
     write_shards(Subset(open_source("world:shapes", asked), 2), tmp_path / "shards")
     with pytest.raises(UserError, match="tar shards can't be cached"):

@@ -14,6 +14,7 @@ from controlfill.training.checkpoint import (
     STATE,
     check_same,
     checkpoints_of,
+    find_ckpt,
     find_resume,
     flatten_optimizer,
     is_whole,
@@ -77,6 +78,13 @@ def test_a_path_without_a_whole_checkpoint_is_refused(tmp_path):
         find_resume(str(tmp_path), tmp_path)
     with pytest.raises(UserError, match="holds no whole checkpoint"):
         find_resume(str(tmp_path / "none"), tmp_path)
+
+
+def test_a_folder_of_the_other_engine_is_answered_by_what_this_kind_of_run_has(tmp_path):
+    with pytest.raises(UserError, match="go in by --controlnet_model_name_or_path"):
+        find_ckpt(str(tmp_path), tmp_path)
+    with pytest.raises(UserError, match="goes on with --engine accelerate"):
+        find_ckpt(str(tmp_path), tmp_path, FinetuneOptions.RUN)
 
 
 def test_the_optimizer_comes_back():
@@ -146,3 +154,11 @@ def test_a_run_from_before_an_option_had_its_usual_value(tmp_path):
     check_same(saved, tune, tmp_path)
     with pytest.raises(UserError, match="was trained with --unet None, not y"):
         check_same(saved, replace(tune, unet=Path("y")), tmp_path)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_moments_of_another_optimizer_are_refused(tmp_path, before):
+    old = TrainOptions(image_dir="x", use_8bit_adam=before)
+    check_same(old.as_dict(), old, tmp_path)
+    with pytest.raises(UserError, match=f"with --use_8bit_adam {before}, not {not before}"):
+        check_same(old.as_dict(), replace(old, use_8bit_adam=not before), tmp_path)

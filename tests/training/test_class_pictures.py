@@ -100,7 +100,9 @@ def test_pictures_of_the_user_count(painter, fake):
     painter.folder.mkdir()
     for name in "abc":
         Image.new("RGB", (9, 9)).save(painter.folder / f"{name}.png")
-    paint_missing(painter, quiet)
+    # Only those have words that would stand for the {}.
+    options = replace(painter.options, class_prompt="a red circle, {}")
+    paint_missing(replace(painter, options=options), quiet)
     assert fake == [[7, 8]]
 
 

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import torch
 from conftest import final_weights, finish, same_weights
 
 from controlfill.errors import UserError
@@ -189,7 +190,7 @@ def test_the_profiler_writes_where_the_time_went(small_run, tmp_path):
     [
         ({"accelerator": "gpu"}, "--accelerator gpu, but no GPU is there"),
         ({"precision": "16-mixed"}, "--precision 16-mixed needs a GPU"),
-        ({"resume_from_checkpoint": "nowhere"}, "holds no .ckpt file"),
+        ({"resume_from_checkpoint": "nowhere"}, "no .ckpt file; weights of the other engine go in"),
         ({"lr_find": True, "devices": 2}, "--lr_find works on one device"),
         ({"learning_rate": 1e30}, "the (loss|weights) became"),
     ],
@@ -211,11 +212,28 @@ def test_bf16_trains_close_to_fp32_and_latest_resumes(small_run, tmp_path):
 
 
 def test_lightning_goes_on_with_the_same_run_only(small_run, tmp_path, caplog):
-    told = for_lightning(replace(small_run, max_steps=1), output_dir=tmp_path / "l")
+    told = for_lightning(
+        replace(small_run, max_steps=2, max_train_samples=6, num_epochs=2),
+        output_dir=tmp_path / "l",
+    )
     finish_lightning(told)
-    again = replace(told, max_steps=2, resume_from_checkpoint="latest")
+    (file,) = told.output_dir.glob("*/checkpoints/last.ckpt")
+    weights = trained_weights(file)
+    again = replace(told, max_steps=None, resume_from_checkpoint="latest")
     with pytest.raises(UserError, match="was trained with --image_dir world:shapes"):
         finish_lightning(replace(again, image_dir="world:shapes-full"))
+    # Two steps of one pass each were two thirds of an epoch; with two passes they are all of it.
+    steps, other = [], replace(again, accumulate_grad_batches=2, learning_rate=0.0, ema_decay=0.999)
     with caplog.at_level(logging.WARNING):
-        assert len(finish_lightning(replace(again, noise_offset=0.05))) == 1
-    assert "noise_offset 0.0 -> 0.05" in caplog.text
+        finish_lightning(other, lambda step: steps.append((step.index, step.total, step.images)))
+    assert steps == [(3, 4, 4), (4, 4, 4)]
+    assert torch.load(file, weights_only=True)["global_step"] == 4
+    assert "gradient_accumulation_steps 1 -> 2" in caplog.text
+    # An average that starts late starts at the present weights.
+    assert same_weights(final_weights(told.output_dir), weights)
+
+
+def trained_weights(file):
+    """The weights in one of Lightning's checkpoints."""
+    state = torch.load(file, weights_only=True)["state_dict"]
+    return {name.removeprefix("network."): tensor for name, tensor in state.items()}

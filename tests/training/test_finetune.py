@@ -1,8 +1,10 @@
 """Fine-tuning: two engines, one set of numbers, exact resumption, models that can be used."""
 
+import os
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from controlfill.data.cache import open_cache
+from controlfill.data.cache import TEXTS, open_cache
 from controlfill.data.prepare import write_shards
 from controlfill.data.sample import Sample
 from controlfill.data.sources import Subset, open_source
@@ -22,8 +24,9 @@ from controlfill.errors import UserError
 from controlfill.files import read_json
 from controlfill.inference.complete import inpaint
 from controlfill.inference.pipeline import load
-from controlfill.models.bundle import Bundle, load_bundle
+from controlfill.models.bundle import Bundle, hash_weights, load_bundle
 from controlfill.models.controlnet import HEADER_KEY
+from controlfill.models.embedded import FOLDERS
 from controlfill.models.inpainter import widen
 from controlfill.models.text import Text
 from controlfill.options import (
@@ -144,6 +147,9 @@ def test_both_engines_stopped_or_not_learn_the_same_to_the_last_bit(kind, reques
         )
         assert go_on(other) == losses[1:]
         assert same_weights(final_weights(other), weights)
+    kept = torch.load(tmp_path / "1.ckpt", weights_only=True)[HEADER_KEY]
+    for state in (kept, read_json(run / "checkpoint-1" / "state.json")):
+        assert state["class_pictures"] == 3
     if kind == "lora":  # adapters and their moments alone, a small part of the base
         kept = [*load_file(run / "checkpoint-1" / "pytorch_lora_weights.safetensors")]
         kept += [*torch.load(tmp_path / "1.ckpt", weights_only=True)["state_dict"]]
@@ -153,7 +159,8 @@ def test_both_engines_stopped_or_not_learn_the_same_to_the_last_bit(kind, reques
 def test_a_trained_lora_paints_as_it_did_in_training(lora, photo, hole, tmp_path):
     unet = tmp_path / "unet"
     make_unet("sd15", 9).save_pretrained(unet)
-    options = replace(lora, ema_decay=0.0, learning_rate=0.05, max_steps=1, unet=unet)
+    near = Path(os.path.relpath(unet))  # a LoRA is used from elsewhere, too
+    options = replace(lora, ema_decay=0.0, learning_rate=0.05, max_steps=1, unet=near)
     finish(options)
     folder = final_folder(options)
     assert (folder / "README.md").is_file()
@@ -167,10 +174,15 @@ def test_a_trained_lora_paints_as_it_did_in_training(lora, photo, hole, tmp_path
     plain = inpaint(load(base, unet=unet, device="cpu"), photo, hole, sampling).image
     assert not np.array_equal(wanted, plain)
     # The base that it was trained on, and the UNet in it, need not be named.
-    for given, name in ((None, str(folder)), *((base, str(folder / name)) for name in names)):
-        pair = {"base": given, "unet": unet if given else None}
-        got = inpaint(load(**pair, loras=[name], device="cpu"), photo, hole, sampling).image
+    for given, other, name in ((None, None, ""), (base, unet, names[0]), (base, None, names[1])):
+        pair = {"base": given, "unet": other, "loras": [str(folder / name)]}
+        got = inpaint(load(**pair, device="cpu"), photo, hole, sampling).image
         np.testing.assert_allclose(got.astype(int), wanted.astype(int), atol=1)
+    with pytest.raises(UserError, match=f"{unet} in the place of .* name that or another UNet"):
+        load("embedded-inpaint", loras=[str(folder)])
+    unet.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=f"LoRA {folder}.* there no more; name where it is now"):
+        load(loras=[str(folder)])
 
 
 def test_a_finetuned_base_is_used_like_any_other(tune, photo, hole):
@@ -201,12 +213,18 @@ def test_another_unet_learns_in_the_place_of_the_bases(tune, tmp_path):
         tune, pretrained_model_name_or_path="embedded-inpaint", unet=tmp_path / "unet", **ALONE
     )
     run, final = prepared(options), tmp_path / "final_model"
-    final.mkdir()
-    run.finish(final, {name: p.detach() + 1 for name, p in run.network.learned().items()})
-    bundle = load_bundle(str(final), inpainting=True)
-    assert bundle.is_glid
-    assert torch.equal(bundle.unet.conv_in.weight, other.conv_in.weight + 1)
-    assert promises(final) == [False, False]
+    learned = {name: p.detach() + 1 for name, p in run.network.learned().items()}
+    for there in (True, False):  # a file that was moved meanwhile costs no final model
+        final.mkdir()
+        run.finish(final, learned)
+        bundle = load_bundle(str(final), inpainting=True)
+        assert bundle.is_glid
+        assert torch.equal(bundle.unet.conv_in.weight, other.conv_in.weight + 1)
+        assert hash_weights(bundle.vae) == hash_weights(run.bundle.vae)
+        assert promises(final) == [False, False]
+        shutil.rmtree(final)
+        if there:
+            options.unet.rename(tmp_path / "moved")
 
 
 def test_text_encoders_learn_at_a_rate_of_their_own_and_only_when_asked(tune):
@@ -248,6 +266,7 @@ def test_caches_hold_class_pictures_too_and_texts_of_frozen_encoders(tune, tmp_p
     folder = class_folder(tmp_path / "own")
     Image.new("RGB", (120, 60), "red").save(folder / "2.png")
     (folder / "1.txt").write_text("cat")
+    (tune.class_data_dir / "0.txt").write_text("cat")
     options = replace(
         tune, pretrained_model_name_or_path="embedded-inpaint", instance_data_dir=str(folder),
         instance_prompt="a red {}", crop="center", aspect_ratio_buckets=True,
@@ -275,15 +294,26 @@ def test_caches_hold_class_pictures_too_and_texts_of_frozen_encoders(tune, tmp_p
         assert caching.cache_classes(cached, run.bundle, run.data.learn, quiet) == made
     assert len(asked) == 3  # once per batch, for masked pictures, whose masks are new each time
     # A learning text encoder leaves the texts alone, and another class picture is noticed.
+    # Words that the cache has already are not beside it again.
+    assert set(open_cache(made, {}).texts.place) == {"", "a red", "a red cat", "a mat"}
     learning = prepared(replace(cached, train_text_encoder=True))
     assert learning.bundle.text.cache is None
     Image.new("RGB", (80, 70)).save(options.class_data_dir / "0.png")
-    other = caching.cache_classes(cached, run.bundle, run.data.learn, quiet)
+    groups = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Bundle, "encode_moments", lambda *a: groups.append(len(a[1])) or encode(*a))
+        other = caching.cache_classes(cached, run.bundle, run.data.learn, quiet)
+    assert set(groups) == {options.batch_size}
     assert len({made, other, *cached.cache_dir.glob("class_pictures-*")}) == 3
     old, new = (open_cache(where, {}).latents for where in (made, other))
     places = [int(key.partition(".")[0]) for key in old.shard_of]
     assert len(places) == 2 * 3  # the sizes that are met, times the class pictures
     assert {(n - 3) % 3 for n in places if (old.read(n, 0) != new.read(n, 0)).any()} == {0}
+    # Texts of another number format are others.
+    run.bundle.text.encoder.to(torch.bfloat16)
+    half = caching.cache_classes(cached, run.bundle, run.data.learn, quiet)
+    assert half not in (made, other)
+    assert load_file(half / TEXTS)["texts"].dtype == torch.bfloat16
 
 
 def test_streams_have_class_pictures_beside_them(tune, tmp_path):
@@ -293,6 +323,7 @@ def test_streams_have_class_pictures_beside_them(tune, tmp_path):
     batch = next(iter(run.batches(0, 1))).to("cpu")
     assert batch.prompts[1:] == ["a mat"]
     assert batch.weights.tolist() == [1.0, 0.5]
+    assert run.class_pictures == 3
 
 
 def test_panels_and_validation_show_the_base_that_learns(tune, tmp_path, photo, hole):
@@ -316,6 +347,7 @@ def test_panels_and_validation_show_the_base_that_learns(tune, tmp_path, photo, 
         ({"class_data_dir": None}, "--with_prior_preservation needs a --class_data_dir"),
         ({"with_prior_preservation": False}, "no effect without --with_prior_preservation"),
         ({"text_encoder_lr": 1e-6, "train_text_encoder": False}, "no effect without --train_text"),
+        ({"learning_rate": 0.0}, "--text_encoder_lr 0.0005 is a share of --learning_rate, which"),
         ({"rank": 0}, "--rank is 0"),
         ({"rank": 4}, "--rank has no effect without --use_lora"),
         ({"lora_alpha": 4.0}, "--lora_alpha has no effect without --use_lora"),
@@ -323,6 +355,14 @@ def test_panels_and_validation_show_the_base_that_learns(tune, tmp_path, photo, 
         ({**ALONE, "num_class_images": 9}, "--num_class_images has no effect without --with_prior"),
         ({**ALONE, "prior_loss_weight": 0.5}, "--prior_loss_weight has no effect without"),
         ({"use_lora": True, "pretrained_model_name_or_path": "embedded"}, "needs an inpaint base"),
+        (
+            {
+                "unet": FOLDERS["embedded"],
+                "use_lora": True,
+                "pretrained_model_name_or_path": "embedded-inpaint",
+            },
+            "and --unet .*embedded is a text-to-image one",
+        ),
         ({"use_lora": True, "lora_target_modules": ("to_z",)}, "no layer of the UNet ends so"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -333,6 +373,15 @@ def test_mistakes_are_one_line(tune, change, words):
     assert "\n" not in str(caught.value)
 
 
+def test_own_and_class_pictures_lie_apart(tune, tmp_path):
+    for folder in (tmp_path, tmp_path / "class", tmp_path / "class" / "own"):
+        folder.mkdir(exist_ok=True)
+        with pytest.raises(UserError, match="must lie apart"):
+            check_companions(replace(tune, instance_data_dir=str(folder)))
+    (tmp_path / "class pictures").mkdir()
+    check_companions(replace(tune, instance_data_dir=str(tmp_path / "class pictures")))
+
+
 def test_own_data_goes_in_by_a_source(tune):
     picture = np.zeros((64, 64, 3), np.uint8)
 
@@ -341,11 +390,13 @@ def test_own_data_goes_in_by_a_source(tune):
             return 2
 
         def __getitem__(self, index):
-            return Sample(image=picture, hint=picture, prompt="" if index else "a mat")
+            words = {"prompt": ""} if index else {"prompt": "a mat", "weight": 0.5}
+            return Sample(image=picture, hint=picture, **words)
 
     run = prepared(replace(tune, **ALONE, batch_size=2), Mine())
     batch = run.first_batch(2)
     assert batch.prompts == ["a mat", "a cat"]
+    assert batch.weights.tolist() == [0.5, 1.0]
     assert float(batch.mask.mean()) < 1
 
 
@@ -369,7 +420,7 @@ def test_shipped_configs_are_read_and_can_be_rehearsed(name):
     assert replace(lightning, val_split=0.3, rehearse=True).rehearsed().val_split == 0
 
 
-def test_other_rates_count_where_either_engine_goes_on(tune):
+def test_other_rates_count_where_either_engine_goes_on(tune, caplog):
     network = nn.ModuleDict({"unet": nn.Linear(1, 1), "encoders": nn.ModuleList([nn.Linear(1, 1)])})
     old = make_optimizer(network, tune)
     sum(p.sum() for p in network.parameters()).backward()
@@ -379,9 +430,15 @@ def test_other_rates_count_where_either_engine_goes_on(tune):
     load_optimizer(ours, flatten_optimizer(old))
     module = LearnModule(for_lightning(now), None, None, lambda step: None)
     module.network = network
-    kept = {"options": tune.as_dict(), "number": 4, "average": None}
-    checkpoint = {HEADER_KEY: kept, "optimizer_states": [old.state_dict()]}
+    run = SimpleNamespace(total=9, steps_per_epoch=5, class_pictures=2)
+    module.parts = (run, run, run)
+    kept = {"options": tune.as_dict(), "number": 4, "average": None, "class_pictures": 3}
+    places = {"epoch_progress": 1, "epoch_loop.batch_progress": 4}
+    loops = {"fit_loop": {name: {"current": {"ready": n}} for name, n in places.items()}}
+    states = [old.state_dict()]
+    checkpoint = {HEADER_KEY: kept, "optimizer_states": states, "loops": loops}
     module.on_load_checkpoint(checkpoint)
+    assert "there were 3 class pictures, now there are 2" in caplog.text
     theirs.load_state_dict(checkpoint["optimizer_states"][0])
     for optimizer in (ours, theirs):
         set_learning_rate(optimizer, 1e-3)

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from controlfill.options import TrainOptions
+from controlfill.errors import UserError
+from controlfill.options import FinetuneOptions, TrainOptions
 from controlfill.training.optim import (
     Average,
     learning_rate,
     make_optimizer,
+    renew,
     set_learning_rate,
 )
 
@@ -78,7 +80,10 @@ def test_the_average_is_the_formula():
     assert torch.equal(other.weights["weight"], average.weights["weight"])
 
 
-def test_groups_of_older_checkpoints_learn_at_the_whole_rate():
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    set_learning_rate(optimizer, 0.125)
-    assert optimizer.param_groups[0]["lr"] == 0.125
+def test_moments_of_other_groups_are_refused():
+    network = torch.nn.ModuleDict({n: torch.nn.Linear(1, 1) for n in ("unet", "encoders")})
+    options = FinetuneOptions(instance_data_dir="x")
+    whole = make_optimizer(network, options).state_dict()
+    renew([whole], network, options)
+    with pytest.raises(UserError, match="has 1 groups of weights, and this run's has 2"):
+        renew([{"param_groups": whole["param_groups"][:1]}], network, options)

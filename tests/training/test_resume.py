@@ -13,6 +13,7 @@ from conftest import ROOT, final_weights, finish, same_weights, small_options, s
 from safetensors.torch import load_file
 
 from controlfill.errors import UserError
+from controlfill.files import read_json, write_json
 
 FULL = {
     "gradient_accumulation_steps": 2, "ema_decay": 0.9, "lr_warmup_steps": 2, "max_steps": 5,
@@ -76,11 +77,15 @@ def test_a_finished_run_resumed_says_the_same(small_run):
 
 def test_resuming_with_other_options_is_said_and_another_conditioning_refused(small_run, caplog):
     finish(small_run)
+    (state,) = small_run.output_dir.glob("*/checkpoint-4/state.json")
+    kept = read_json(state)
+    write_json(state, {**kept, "class_pictures": kept["class_pictures"] + 3})
     more = replace(small_run, max_steps=5, learning_rate=1e-4, resume_from_checkpoint="latest")
     with caplog.at_level(logging.WARNING):
         assert len(finish(more)) == 1
     assert "learning_rate 0.001 -> 0.0001" in caplog.text
     assert "max_steps" not in caplog.text
+    assert "there were 3 class pictures, now there are 0" in caplog.text
 
 
 @pytest.mark.parametrize(
