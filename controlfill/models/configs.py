@@ -225,6 +225,11 @@ def marked_prediction(weights: Weights, view: Weights, family: str) -> str | Non
     return spec
 
 
+def told_prediction(weights: Weights, view: Weights, family: str) -> str:
+    """The same; epsilon where nothing says otherwise."""
+    return marked_prediction(weights, view, family) or "epsilon"
+
+
 def spec_prediction(metadata: dict[str, str]) -> str | None:
     """What a header says in its own words that a UNet predicts."""
     words = {"v": "v_prediction", "eps": "epsilon"}
@@ -250,11 +255,6 @@ def pipeline_class(channels: int, two: bool, told: str = "") -> str:
     if told and channels == PAIR_CHANNELS:
         return told
     return f"StableDiffusion{'XL' if two else ''}{TASKS.get(channels, '')}Pipeline"
-
-
-def told_prediction(weights: Weights, view: Weights, family: str) -> str:
-    """The same; epsilon where nothing says otherwise."""
-    return marked_prediction(weights, view, family) or "epsilon"
 
 
 def is_pipeline(name: object) -> bool:

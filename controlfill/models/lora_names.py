@@ -19,7 +19,7 @@ from controlfill.models.layout import too_large
 from controlfill.models.layout_text import NESTED, full_name
 from controlfill.models.layout_unet import FIXED, RESNET, UnetNames
 from controlfill.models.lora_alphas import one_alpha, read_alphas
-from controlfill.models.recognise import other_method
+from controlfill.models.recognise import DOWN, other_method
 
 Tensors = dict[str, Tensor]
 UNET = "unet"
@@ -32,9 +32,7 @@ STARTS = {
     "lora_unet_": UNET, "lora_te_": "text_encoder", "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
 }  # fmt: skip
-# How the two matrices are called: the one that goes down to the rank, and the one that goes up.
-DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight", "_lora.down.weight",
-        ".lora_linear_layer.down.weight", ".lora_down.weight")  # fmt: skip
+# How the other matrix is called, the one that goes up from the rank; in the order of DOWN.
 UP = (".lora_B.weight", ".lora_B.default.weight", ".lora.up.weight", "_lora.up.weight",
       ".lora_linear_layer.up.weight", ".lora_up.weight")  # fmt: skip
 # LyCORIS may put a third matrix between the two of a convolution.

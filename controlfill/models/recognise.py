@@ -30,6 +30,11 @@ LORA_MARKS = (
     ".lora_down.", ".lora_A.", ".lora.down.", "_lora.down.", ".lora_linear_layer.down.",
     ".lora_up.",
 )  # fmt: skip
+# How the matrix that goes down to the rank is called.
+DOWN = (
+    ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight", "_lora.down.weight",
+    ".lora_linear_layer.down.weight", ".lora_down.weight",
+)  # fmt: skip
 # What is trained beside a base like a LoRA, and is none: parts of the names of its tensors.
 OTHER_METHODS = {
     "hada_": "a LoHa", "lokr_": "a LoKr", "dora_scale.": "a DoRA",
@@ -94,7 +99,7 @@ def text_width(weights: Weights) -> int | None:
 def lora_family(weights: Weights) -> str:
     """The family of the base that a LoRA was made for; "" when it touches no cross-attention."""
     for name in weights.names:
-        if "attn2" in name and "to_k" in name and name.endswith(DOWNS):
+        if "attn2" in name and "to_k" in name and name.endswith(DOWN):
             width = weights.shape(name)[1]
             return TEXT_WIDTHS.get(width) or f"sd-{width}"
     return ""
@@ -107,10 +112,6 @@ def text_parts(names: Iterable[str]) -> Mapping[str, tuple[str, bool]]:
 
 
 PREFIXES = tuple(prefix for prefix, _, _ in TEXTS)
-DOWNS = (
-    ".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", "_lora.down.weight",
-    ".lora.down.weight",
-)  # fmt: skip
 # The first mark found decides, so what holds others stands before them.
 MARKS = {
     # ControlNets that are the difference to a base, as a LoRA is.
